@@ -1,0 +1,66 @@
+"""Every Redis key name, in one place.
+
+All keys of an org carry the hash tag `{ai_credits:org_<id>}`. It hashes to the same Redis Cluster slot as the
+application's own, untagged key `ai_credits:org_<id>`, so one script may touch them all (limits_credits.md §0.4).
+Client-supplied text never stands in a key: it is hashed to a fixed length.
+"""
+
+from base64 import urlsafe_b64encode
+from hashlib import blake2b
+
+#: Orgs that may have open holds or an unposted outbox: zset, member org id, score last activity in ms.
+ACTIVE_ORGS = "gateway:active"
+
+
+def mirror(org_id: str) -> str:
+    """Whole credits for the application to read: string, EX 3600. Written here, never read."""
+    return f"ai_credits:org_{org_id}"
+
+
+def tag(org_id: str) -> str:
+    return f"{{ai_credits:org_{org_id}}}"
+
+
+def account(org_id: str) -> str:
+    """Hash: p posted balance, v its ledger version, u settled but unposted, h held, l last time seen in ms."""
+    return f"{tag(org_id)}:a"
+
+
+def holds(org_id: str) -> str:
+    """Hash: request id -> `amount:used` in micro-credits."""
+    return f"{tag(org_id)}:h"
+
+
+def deadlines(org_id: str) -> str:
+    """Zset: request id -> end of the hold's lease in ms."""
+    return f"{tag(org_id)}:d"
+
+
+def outbox(org_id: str) -> str:
+    """Stream of settled charges on their way to PostgreSQL."""
+    return f"{tag(org_id)}:o"
+
+
+def tombstone(org_id: str, request_id: str) -> str:
+    """String: how the request's hold ended; makes every script idempotent for 15 minutes."""
+    return f"{tag(org_id)}:t:{request_id}"
+
+
+def limit(org_id: str, name: str, scope: str, subject: str) -> str:
+    """The counter of one limit for one subject. The org itself needs no subject."""
+    return f"{tag(org_id)}:l:{name}" if scope == "org" else f"{tag(org_id)}:l:{name}:{digest(subject)}"
+
+
+def session(org_id: str, session_id: str) -> str:
+    """Hash: the conversation's record."""
+    return f"{tag(org_id)}:s:{digest(session_id)}"
+
+
+def session_index(org_id: str) -> str:
+    """Zset: session key -> time last seen, bounding the sessions of one org."""
+    return f"{tag(org_id)}:si"
+
+
+def digest(text: str) -> str:
+    """22 characters of base64url: 128 bits of BLAKE2b."""
+    return urlsafe_b64encode(blake2b(text.encode(), digest_size=16).digest())[:22].decode()

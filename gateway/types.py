@@ -1,0 +1,169 @@
+"""The nouns every room speaks: frozen values without behaviour beyond their own arithmetic.
+
+Money is micro-credits (`ucredits`, 1 credit = 1,000,000), time is milliseconds, sizes are bytes, all `int`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+UCREDITS_PER_CREDIT = 1_000_000
+
+#: Header fields as they stood on the wire: order and duplicates kept.
+HeaderList = tuple[tuple[bytes, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who asks, from a credential that was verified; nothing in it comes from an unverified header or the body."""
+
+    org_id: str
+    plan: str
+    user_id: str | None
+    #: Public id of the API key or JWT, safe to log; never the credential itself.
+    key_id: str | None
+    #: The identity source that recognised the credential: `api_key`, `jwt`, `trusted_header`.
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the request's head says, before any byte of its body is read."""
+
+    request_id: str
+    method: str
+    #: Percent-decoded path: what routes are matched on.
+    path: str
+    #: Raw path and query as received: what is forwarded.
+    target: bytes
+    headers: HeaderList
+    #: The client's address: the socket peer, or what a trusted proxy says of it.
+    client_ip: str
+    #: The socket peer itself, which no header can change; empty when there is none (a Unix socket).
+    peer_ip: str
+
+    def header(self, name: bytes) -> str | None:
+        """First value of the field `name` (lower case), decoded as latin-1; None when absent."""
+        for key, value in self.headers:
+            if key == name:
+                return value.decode("latin-1")
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Peek:
+    """What a route's format lets us learn from a buffered request body."""
+
+    body_bytes: int
+    model: str | None = None
+    stream: bool = False
+    #: The largest of the client's max-token fields, times `n`; None when it named none.
+    max_output_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """One limit applied to one request: `cost` of `limit` per `window_ms` for `subject`."""
+
+    name: str
+    #: The limit kind that judges it: a key of `limits.KINDS`.
+    kind: str
+    #: What is counted: `requests`, `tokens` or `concurrent`.
+    unit: str
+    #: Whose share it is: `org`, `user`, `key`, `session`.
+    scope: str
+    subject: str
+    limit: int
+    #: Length of the window; for `concurrent` the length of a lease.
+    window_ms: int
+    cost: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why the gateway itself answers instead of the upstream; a dialect turns it into bytes."""
+
+    status: int
+    #: Stable, part of the public surface.
+    code: str
+    message: str
+    #: When the same request would fit; None when waiting does not help.
+    retry_after_ms: int | None = None
+    #: What `x-should-retry` says to SDKs; None leaves the header out.
+    should_retry: bool | None = None
+    #: Facts a program can act on (limit, scope, used, ...); JSON values only.
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens an answer reported. `exact` is False when the answer ended before its final count."""
+
+    input_tokens: int
+    output_tokens: int
+    exact: bool = True
+    model: str | None = None
+
+    @property
+    def total_tokens(self) -> int:
+        return self.input_tokens + self.output_tokens
+
+
+class Outcome(StrEnum):
+    """How a forwarded request ended: the rows of the outcome table (`charge.py`)."""
+
+    NEVER_REACHED = "never_reached"
+    UPSTREAM_REFUSED = "upstream_refused"
+    COMPLETE = "complete"
+    UPSTREAM_BROKE = "upstream_broke"
+    CLIENT_LEFT = "client_left"
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """What a finished request costs, once."""
+
+    ucredits: int
+    #: Tokens to book in place of the estimate; None keeps the estimate.
+    tokens: int | None
+    #: False gives the request counts back (the upstream never saw the request).
+    keep_requests: bool
+    #: `exact`, `estimated`, `under_estimate` or `released`: how well the charge is known.
+    basis: str
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line for the ledger. `amount_ucredits` is signed: a charge is negative."""
+
+    org_id: str
+    request_id: str
+    #: `opening`, `grant`, `external`, `settle`, `orphan`, `correction`.
+    kind: str
+    amount_ucredits: int
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """An org's posted balance in PostgreSQL, as of ledger `version`."""
+
+    org_id: str
+    ucredits: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """The conversation a request belongs to, as of before this request."""
+
+    session_id: str
+    #: 1 for the first admitted request of the conversation.
+    turn: int
+    new: bool
+    created_ms: int
+    total_tokens: int = 0
+    last_model: str | None = None
+    #: False when the session store could not be asked.
+    available: bool = True
