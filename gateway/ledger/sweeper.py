@@ -1,0 +1,96 @@
+"""Ending the holds of gateways that died, and finding outboxes that nobody carries.
+
+Every gateway sweeps every active org. `orphan.lua` looks at the lease again before it acts, so sweeping twice, or
+while the owner comes back, ends a hold once.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import structlog
+
+from gateway import keys, limits
+from gateway.errors import StoreUnavailable
+from gateway.stores import Redis, Script
+
+#: An org without holds, without outbox and without a request for so long leaves the list of active orgs.
+IDLE_AFTER_S = 600
+SWEEP_BATCH_MAX = 200
+
+log = structlog.get_logger("gateway.sweeper")
+
+
+class Sweeper:
+    """Sweeps every `sweep_ms`; orgs with entries to post are handed to `mark_dirty`."""
+
+    def __init__(
+        self,
+        redis: Redis,
+        mark_dirty: Callable[[str], None],
+        *,
+        sweep_ms: int,
+        mirror_ttl_s: int,
+        on_expiry: str,
+    ) -> None:
+        self._redis = redis
+        self._mark_dirty = mark_dirty
+        self._sweep_s = sweep_ms / 1000
+        self._mirror_ttl_s = mirror_ttl_s
+        self._on_expiry = on_expiry
+        self._orphan = Script("orphan", limits.script_text("orphan"))
+        self._forget = Script("forget", limits.script_text("forget"))
+        #: Holds ended by this process since it started.
+        self.swept_count = 0
+
+    async def run(self) -> None:
+        while True:
+            try:
+                await self.sweep()
+            except StoreUnavailable as exc:
+                log.debug("sweep put off", error=str(exc))  # the connection's own log tells of the outage
+            await asyncio.sleep(self._sweep_s)
+
+    async def sweep(self) -> int:
+        """Every hold whose lease ran out has ended; returns how many. Raises StoreUnavailable."""
+        count = 0
+        for org, score in _pairs(await self._redis.call("ZRANGE", keys.ACTIVE_ORGS, 0, -1, "WITHSCORES")):
+            org_id = org.decode()
+            count += await self._sweep_org(org_id)
+            if await self._redis.call("EXISTS", keys.outbox(org_id)):
+                self._mark_dirty(org_id)
+            elif float(score) < (time.time() - IDLE_AFTER_S) * 1000 and not await self._redis.call(
+                "EXISTS", keys.holds(org_id)
+            ):
+                await self._redis.run(self._forget, [keys.ACTIVE_ORGS], [org_id, score])
+        self.swept_count += count
+        return count
+
+    async def _sweep_org(self, org_id: str) -> int:
+        seconds, micros = await self._redis.call("TIME")
+        now_ms = int(seconds) * 1000 + int(micros) // 1000
+        count = 0
+        due = await self._redis.call(
+            "ZRANGEBYSCORE", keys.deadlines(org_id), "-inf", now_ms, "LIMIT", 0, SWEEP_BATCH_MAX
+        )
+        for request_id in (member.decode() for member in due):
+            verdict = await self._redis.run(
+                self._orphan,
+                [
+                    keys.account(org_id),
+                    keys.holds(org_id),
+                    keys.deadlines(org_id),
+                    keys.outbox(org_id),
+                    keys.tombstone(org_id, request_id),
+                    keys.mirror(org_id),
+                ],
+                [request_id, self._on_expiry, self._mirror_ttl_s],
+            )
+            if verdict == b"OK":
+                count += 1
+                log.warning("hold of a lost gateway ended", org=org_id, hold=request_id, by=self._on_expiry)
+        return count
+
+
+def _pairs(flat: list[bytes]) -> list[tuple[bytes, bytes]]:
+    return list(zip(flat[::2], flat[1::2], strict=True))

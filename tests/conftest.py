@@ -1,0 +1,92 @@
+"""What every test may ask for: `redis_url`, an empty Redis-compatible server, and `database_url`, an empty database.
+
+Both are the embedded servers unless the run says `--stores=system`, or a test asks for the machine's own Redis and
+PostgreSQL as well: `@pytest.mark.parametrize("stores", ["embedded", "system"], indirect=True)`.
+"""
+
+import uuid
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+import redis
+
+from tests import servers
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--stores",
+        choices=("embedded", "system"),
+        default="embedded",
+        help="servers behind redis_url and database_url: from wheels (embedded) or of this machine (system)",
+    )
+
+
+@pytest.fixture(scope="session")
+def valkey_url() -> Iterator[str]:
+    """The embedded Valkey of this run; shared, so tests use `redis_url`."""
+    with servers.valkey() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def postgres_server_url() -> Iterator[str]:
+    """The embedded PostgreSQL of this run; shared, so tests use `database_url`."""
+    with servers.postgres() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def system_redis_url() -> Iterator[str]:
+    """A Redis started from this machine's own `redis-server`."""
+    binary = servers.system_redis()
+    if binary is None:
+        pytest.skip("no redis-server on PATH")
+    with servers.valkey(binary) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def system_postgres_server_url() -> Iterator[str]:
+    """A PostgreSQL started from this machine's own installation."""
+    bin_dir = servers.system_postgres()
+    if bin_dir is None:
+        pytest.skip("no PostgreSQL server on PATH or in /usr/lib/postgresql")
+    with servers.postgres(bin_dir) as url:
+        yield url
+
+
+@pytest.fixture
+def stores(request: pytest.FixtureRequest) -> str:
+    """Which servers this test runs against: `embedded` or `system`."""
+    kind: str = getattr(request, "param", request.config.getoption("--stores"))
+    return kind
+
+
+@pytest.fixture
+def redis_url(stores: str, request: pytest.FixtureRequest) -> str:
+    """URL, password included, of a server without a key and without a cached script."""
+    url: str = request.getfixturevalue("valkey_url" if stores == "embedded" else "system_redis_url")
+    with redis.Redis.from_url(url) as client:
+        client.flushall()
+        client.script_flush()
+        client.config_resetstat()
+    return url
+
+
+@pytest.fixture
+def _postgres_url(stores: str, request: pytest.FixtureRequest) -> str:
+    # A fixture of its own and not async: starting a server takes an event loop, which must not run already.
+    url: str = request.getfixturevalue("postgres_server_url" if stores == "embedded" else "system_postgres_server_url")
+    return url
+
+
+@pytest.fixture
+async def database_url(_postgres_url: str) -> AsyncIterator[str]:
+    """URL of a database that was created for this test and goes with it."""
+    name = f"test_{uuid.uuid4().hex}"
+    await servers.execute(_postgres_url, f"CREATE DATABASE {name}")
+    try:
+        yield _postgres_url.rpartition("/")[0] + f"/{name}"
+    finally:
+        await servers.execute(_postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
