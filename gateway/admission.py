@@ -30,6 +30,7 @@ ACTIVE_MARK_S = 30.0
 ACTIVE_MARKS_MAX = 100_000
 BACKLOG_MAX = 100_000
 BACKLOG_RETRY_S = 0.2
+DRAIN_POLL_S = 0.02
 
 log = structlog.get_logger("gateway.admission")
 
@@ -242,12 +243,12 @@ class Admission:
                 await asyncio.gather(*(self._heartbeat(hold) for hold in list(self._open.values())))
 
     async def drain(self, timeout_s: float) -> None:
-        """Settles that were kept are given one last chance. What remains ends with its lease."""
+        """Requests that are being ended have settled, and settles that were kept had one last chance. What remains
+        after `timeout_s` ends with its lease."""
         deadline = time.monotonic() + timeout_s
-        while self._backlog and time.monotonic() < deadline:
+        while (self._open or self._backlog) and time.monotonic() < deadline:
             await self._work_off_backlog()
-            if self._backlog:
-                await asyncio.sleep(BACKLOG_RETRY_S)
+            await asyncio.sleep(DRAIN_POLL_S)
 
     async def _work_off_backlog(self) -> None:
         for _ in range(len(self._backlog)):

@@ -11,6 +11,7 @@ GatewayError
 ├── StoreUnavailable        503  Redis or PostgreSQL did not answer in time
 │   └── UnknownBalance      503  the org's balance is not cached and PostgreSQL cannot be asked
 ├── UpstreamUnreachable     502  no connection: the upstream never saw the request
+│   └── UpstreamConnectTimeout 504
 ├── UpstreamBroke           502  the connection broke after the request was sent
 ├── UpstreamTimeout         504
 └── ClientLeft                   nobody is there to answer
@@ -94,6 +95,13 @@ class MethodNotAllowed(GatewayError):
     code = "method_not_allowed"
     status = 405
 
+    def __init__(self, message: str | None = None, *, allow: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.allow = tuple(allow)
+
+    def refusal(self) -> Refusal:
+        return Refusal(self.status, self.code, self.message, details={"allow": self.allow})
+
 
 class StoreUnavailable(GatewayError):
     """A store the gateway depends on did not answer in time; try again shortly."""
@@ -126,6 +134,14 @@ class UpstreamUnreachable(GatewayError):
 
     code = "upstream_unreachable"
     status = 502
+    #: Whether the upstream may have seen the request; False means it certainly has not.
+    reached = False
+
+
+class UpstreamConnectTimeout(UpstreamUnreachable):
+    """The upstream did not accept a connection in time."""
+
+    status = 504
 
 
 class UpstreamBroke(GatewayError):
@@ -133,6 +149,7 @@ class UpstreamBroke(GatewayError):
 
     code = "upstream_broke"
     status = 502
+    reached = True
 
 
 class UpstreamTimeout(GatewayError):
@@ -140,6 +157,7 @@ class UpstreamTimeout(GatewayError):
 
     code = "upstream_timeout"
     status = 504
+    reached = True
 
 
 class ClientLeft(GatewayError):

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+from collections.abc import Coroutine
+from typing import Any
 
 import structlog
 
@@ -67,7 +69,14 @@ class Accounts:
 
     def on_notification(self, org_id: str) -> None:
         """Somebody changed this org's balance: Redis has the new one soon."""
-        task = asyncio.create_task(self._refresh(org_id))
+        self._begin(self._refresh(org_id))
+
+    def refresh_all(self) -> None:
+        """Announcements may have been missed: every active org's balance is as PostgreSQL has it soon."""
+        self._begin(self._refresh_active())
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._refreshing.add(task)
         task.add_done_callback(self._refreshing.discard)
 
@@ -77,9 +86,13 @@ class Accounts:
         except StoreUnavailable as exc:
             log.warning("balance not refreshed", org=org_id, error=str(exc))
 
-    async def refresh_all(self) -> None:
-        """Every active org's balance is as PostgreSQL has it: what notifications would have said during a gap."""
-        for org in await self._redis.call("ZRANGE", keys.ACTIVE_ORGS, 0, -1):
+    async def _refresh_active(self) -> None:
+        try:
+            active = await self._redis.call("ZRANGE", keys.ACTIVE_ORGS, 0, -1)
+        except StoreUnavailable as exc:
+            log.warning("balances not refreshed", error=str(exc))
+            return
+        for org in active:
             await self._refresh(org.decode())
 
     async def close(self) -> None:

@@ -51,7 +51,7 @@ class Link(asyncio.Protocol):
             return future
         if not self._out:
             self._loop.call_soon(self._flush)
-        self._out.append(hiredis.pack_command(args))
+        self._out.append(hiredis.pack_command(args))  # type: ignore[arg-type]  # its stub means tuple[..., ...]
         self._waiting.append((self._loop.time() + self._timeout_s, future))
         if self._timer is None:
             self._timer = self._loop.call_later(self._timeout_s, self._expire)

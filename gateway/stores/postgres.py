@@ -15,9 +15,10 @@ import structlog
 
 from gateway.errors import StoreUnavailable
 
-Row = Mapping[str, Any]
-#: Quoted: the classes are generic for the type checker only.
+#: A row by column name. Quoted types are generic for the type checker only.
+Row: TypeAlias = asyncpg.Record
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+PooledConnection: TypeAlias = "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
 
 LISTEN_PROBE_S = 5.0
 RECONNECT_PAUSE_MIN_S = 0.1
@@ -35,7 +36,7 @@ class Postgres:
         self._url = url
         self._timeout_s = timeout_ms / 1000
         self._pool_max = pool_max
-        self._pool: "asyncpg.Pool[asyncpg.Record] | None" = None
+        self._pool: asyncpg.Pool[asyncpg.Record] | None = None
         self._listener: asyncio.Task[None] | None = None
         #: Why the last call failed; None after one that worked.
         self.trouble: str | None = "not asked yet"
@@ -59,7 +60,7 @@ class Postgres:
     async def rows(self, sql: str, *args: Any, timeout_ms: int | None = None) -> list[Row]:
         """All rows of one statement. Raises StoreUnavailable, whatever went wrong."""
         async with self._connection(timeout_ms) as connection:
-            return list(await connection.fetch(sql, *args))
+            return await connection.fetch(sql, *args)
 
     async def row(self, sql: str, *args: Any, timeout_ms: int | None = None) -> Row | None:
         """The first row of one statement, or None."""
@@ -73,7 +74,7 @@ class Postgres:
                 await connection.execute(sql, *args)
 
     @contextlib.asynccontextmanager
-    async def _connection(self, timeout_ms: int | None) -> AsyncIterator[Connection]:
+    async def _connection(self, timeout_ms: int | None) -> AsyncIterator[PooledConnection]:
         timeout_s = self._timeout_s if timeout_ms is None else timeout_ms / 1000
         if self._pool is None:
             raise StoreUnavailable(detail="postgres: closed")

@@ -60,7 +60,7 @@ class RedisAddress:
     def parse(cls, url: str) -> "RedisAddress":
         """Raises ConfigError for a URL that redis clients would not understand."""
         try:
-            parts = dict(parse_url(url))
+            parts: dict[str, Any] = dict(parse_url(url))
         except ValueError as exc:
             raise ConfigError([f"REDIS_URL: {exc}"]) from exc
         return cls(
