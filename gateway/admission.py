@@ -58,6 +58,7 @@ class Hold:
     taken_at_ms: int = 0
     #: Used of each demand's limit before this request, in order of `demands`.
     used: tuple[int, ...] = ()
+    #: What the org can still spend beside this hold; None for a request that costs nothing.
     available_ucredits: int | None = None
     #: What leaving the block books. None: the upstream never saw the request, everything is given back.
     charge: Charge | None = None
@@ -152,10 +153,10 @@ class Admission:
         status = reply[0].decode()
         numbers = [int(value) for value in reply[1:]]
         hold.used = tuple(numbers[2::2])
-        if hold.ucredits:
-            hold.available_ucredits = numbers[1]
         if status in ("OK", "DUP"):
             hold.taken_at_ms = numbers[0]
+            if hold.ucredits:
+                hold.available_ucredits = numbers[1] - hold.ucredits
             return None
         if status == "DENY":
             return limit_refusal(hold.demands, hold.used, tuple(numbers[3::2]))

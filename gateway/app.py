@@ -1,0 +1,292 @@
+"""The composition root: opens the stores, wires the rooms, runs the background work, closes it all in order.
+
+Nothing is decided here once and for all: the stores may be away at the start and come and go later, and the schema
+is migrated as soon as PostgreSQL lets us.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import structlog
+from prometheus_client import Gauge, generate_latest
+from starlette.applications import Starlette
+
+from gateway import __version__, admission, limits, session
+from gateway.admission import Admission
+from gateway.config import RouteTable, Settings
+from gateway.downstream import Receive, Send
+from gateway.errors import ConfigError, StoreUnavailable
+from gateway.identity import Identity, Powers, open_identity
+from gateway.identity.api_key import key_loader
+from gateway.ledger import Accounts, Outbox, Sweeper, migrate, pending, post
+from gateway.ops import Health, Probe, ops_app
+from gateway.policy import PolicySet
+from gateway.proxy import Proxy, Steps
+from gateway.session import Sessions
+from gateway.stores import Postgres, Redis, Script
+from gateway.telemetry import AccessLog, Metrics, access_stream, configure_logging, wants_pretty
+from gateway.upstream import Upstreams
+
+#: Flushing, sweeping and installing balances may take longer than a request may wait.
+BACKGROUND_TIMEOUT_MS = 5_000
+RESTART_PAUSE_S = 1.0
+CLOSE_TIMEOUT_S = 5.0
+JWKS_BYTES_MAX = 1024 * 1024
+
+log = structlog.get_logger("gateway.app")
+
+
+class Gateway:
+    """Everything one worker process runs. `open()` in the event loop, then `proxy` may be called; `close()` last."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        stores, credits = settings.stores, settings.credits
+        every = [Script(name, limits.script_text(name)) for name in (*limits.LOOPS, *limits.PLAIN)]
+        connect_ms = stores.redis_connect_timeout_ms
+        self.redis = Redis(
+            stores.redis, timeout_ms=stores.redis_timeout_ms, connect_timeout_ms=connect_ms, scripts=every
+        )
+        # A second connection, so that a large batch never stands in front of an admission.
+        self._background_redis = Redis(
+            stores.redis, timeout_ms=BACKGROUND_TIMEOUT_MS, connect_timeout_ms=connect_ms, scripts=every
+        )
+        self.postgres = Postgres(
+            stores.postgres, timeout_ms=stores.postgres_timeout_ms, pool_max=stores.postgres_pool_max
+        )
+        mirror_ttl_s = credits.mirror_ttl_ms // 1000
+        self._accounts = Accounts(
+            self.redis,
+            self.postgres,
+            mirror_ttl_s=mirror_ttl_s,
+            grants={name: plan.credits for name, plan in settings.plans.items()},
+            provision=credits.provision,
+        )
+        self._outbox = Outbox(
+            self._background_redis,
+            self.postgres,
+            flush_ms=credits.flush_ms,
+            batch_max=credits.batch_max,
+            mirror_ttl_s=mirror_ttl_s,
+        )
+        self._sweeper = Sweeper(
+            self._background_redis,
+            self._outbox.mark,
+            sweep_ms=credits.sweep_ms,
+            mirror_ttl_s=mirror_ttl_s,
+            on_expiry=getattr(credits, "on_expiry", "checkpoint"),
+        )
+        self.admission = Admission(
+            self.redis,
+            admission.Rules(
+                lease_ms=credits.lease_ms,
+                heartbeat_ms=credits.heartbeat_ms,
+                settle_timeout_ms=credits.settle_timeout_ms,
+                outbox_entries_max=credits.outbox_entries_max,
+                mirror_ttl_s=mirror_ttl_s,
+            ),
+            load_balance=self._accounts.load,
+            post=lambda entries: post(self.postgres, entries),
+            mark_dirty=self._outbox.mark,
+        )
+        self.upstreams = Upstreams(settings.upstreams)
+        self.metrics = Metrics()
+        self.health = Health(self._probes())
+        self._tasks: list[asyncio.Task[None]] = []
+        self._pretty = wants_pretty(settings.log.format, access_stream())
+        self._access_log = AccessLog(access_stream(), pretty=self._pretty)
+        self._identity: Identity | None = None
+        self._migrated = False
+
+    async def open(self) -> Proxy:
+        """Background work runs and requests may come. Needs no store to be there yet."""
+        settings = self._settings
+        self.redis.start()
+        self._background_redis.start()
+        await self.postgres.open()
+        self._identity = open_identity(
+            settings.identity,
+            Powers(
+                load_key=key_loader(self.postgres), fetch=self._fetch, monotonic_ms=_monotonic_ms, wall_ms=_wall_ms
+            ),
+        )
+        self.postgres.listen(
+            {"gateway_keys": self._identity.on_notification, "gateway_credits": self._accounts.on_notification},
+            on_connect=self._announcements_may_be_missed,
+        )
+        for name, work in (
+            ("migrate", self._migrate),
+            ("admission", self.admission.run),
+            ("outbox", self._outbox.run),
+            ("sweeper", self._sweeper.run),
+        ):
+            self._tasks.append(asyncio.create_task(_forever(name, work), name=name))
+        self._watch_gauges()
+        return Proxy(
+            Steps(
+                routes=RouteTable.compile(settings.routes),
+                identity=self._identity,
+                policies=PolicySet.compile(settings),
+                admission=self.admission,
+                sessions=Sessions(self.redis, _session_rules(settings)),
+                upstreams=self.upstreams,
+                metrics=self.metrics,
+                access_log=self._access_log,
+                trusted_proxies=settings.listen.trusted_proxies,
+                client_idle_ms=getattr(settings.listen, "client_idle_ms", 60_000),
+            )
+        )
+
+    async def close(self) -> None:
+        """Requests have ended and are settled, the outbox is posted as far as the stores allow, nothing runs."""
+        await self.admission.drain(CLOSE_TIMEOUT_S)
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._outbox.flush()
+        except (StoreUnavailable, TimeoutError) as exc:
+            log.warning("outbox left for the next gateway", error=str(exc))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._accounts.close()
+        if self._identity is not None:
+            await self._identity.close()
+        await self.upstreams.aclose()
+        await self.postgres.close()
+        await self.redis.close()
+        await self._background_redis.close()
+        self._access_log.flush()
+
+    def metrics_text(self) -> bytes:
+        return generate_latest(self.metrics.registry)
+
+    async def _migrate(self) -> None:
+        """The schema is at this release's version, however long PostgreSQL makes us wait."""
+        while not self._migrated:
+            try:
+                await migrate(self.postgres)
+                self._migrated = True
+            except StoreUnavailable as exc:
+                log.warning("schema not migrated yet", error=str(exc))
+                await asyncio.sleep(RESTART_PAUSE_S)
+        await asyncio.Event().wait()
+
+    def _announcements_may_be_missed(self) -> None:
+        if self._identity is not None:
+            self._identity.drop_all()
+        self._accounts.refresh_all()
+
+    async def _fetch(self, url: str) -> bytes:
+        return await self.upstreams.fetch(url, timeout_ms=BACKGROUND_TIMEOUT_MS, bytes_max=JWKS_BYTES_MAX)
+
+    def _probes(self) -> tuple[Probe, ...]:
+        async def ask_redis() -> str:
+            await self.redis.call("PING")
+            return f"answers at {self.redis.address}"
+
+        async def ask_postgres() -> str:
+            try:
+                todo = await pending(self.postgres)
+            except ConfigError as exc:
+                raise StoreUnavailable(str(exc)) from exc
+            if todo:
+                raise StoreUnavailable(f"{len(todo)} migrations are pending")
+            return "answers, schema is current"
+
+        def ask_upstream(name: str) -> Callable[[], Awaitable[str]]:
+            async def ask() -> str:
+                await self.upstreams.probe(name)
+                return "accepts connections"
+
+            return ask
+
+        return (
+            Probe("redis", ask_redis, without="down"),
+            Probe("postgres", ask_postgres, without="degraded"),
+            *(Probe(f"upstream:{name}", ask_upstream(name), without="degraded") for name in self._settings.upstreams),
+        )
+
+    def _watch_gauges(self) -> None:
+        for name, help_text, read in (
+            ("gateway_open_requests", "Requests that hold something now.", lambda: self.admission.open_count),
+            ("gateway_settle_backlog", "Settles no store could take yet.", lambda: self.admission.backlog_count),
+            ("gateway_outbox_posted", "Ledger entries posted by this process.", lambda: self._outbox.posted_count),
+            ("gateway_holds_swept", "Holds of lost gateways ended.", lambda: self._sweeper.swept_count),
+        ):
+            Gauge(name, help_text, registry=self.metrics.registry).set_function(read)
+
+
+class App:
+    """The ASGI application: the gateway's own pages below `/-/`, the walk for everything else."""
+
+    def __init__(self, settings: Settings) -> None:
+        configure_logging(settings.log.format, settings.log.level)
+        self._settings = settings
+        self._gateway: Gateway | None = None
+        self._proxy: Proxy | None = None
+        self._ops: Starlette | None = None
+        self._lifespan = Starlette(lifespan=self._run)
+
+    async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not scope["path"].startswith("/-/"):
+            assert self._proxy is not None  # servers send no request before the lifespan has started
+            await self._proxy(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await self._lifespan(dict(scope), receive, send)
+        else:
+            assert self._ops is not None
+            await self._ops(dict(scope), receive, send)
+
+    def begin_drain(self) -> None:
+        """From now on `/-/ready` says no."""
+        if self._gateway is not None:
+            self._gateway.health.draining = True
+
+    @asynccontextmanager
+    async def _run(self, _: Starlette) -> AsyncIterator[None]:
+        gateway = self._gateway = Gateway(self._settings)
+        self._proxy = await gateway.open()
+        self._ops = ops_app(gateway.health, gateway.metrics_text)
+        log.info("gateway open", version=__version__)
+        try:
+            yield
+        finally:
+            await gateway.close()
+            log.info("gateway closed")
+
+
+def create_app(settings: Settings) -> App:
+    return App(settings)
+
+
+def _session_rules(settings: Settings) -> session.Rules:
+    rules = settings.sessions
+    return session.Rules(
+        header=rules.header.encode(),
+        mint=rules.mint,
+        ttl_ms=rules.ttl_ms,
+        absolute_ttl_ms=rules.absolute_ttl_ms,
+        per_org_max=rules.per_org_max,
+        signing_key=rules.signing_key,
+    )
+
+
+async def _forever(name: str, work: Callable[[], Awaitable[None]]) -> None:
+    """Background work outlives its own bugs: they are logged and it starts again."""
+    while True:
+        try:
+            await work()
+        except Exception:
+            log.exception("background work failed", work=name)
+        await asyncio.sleep(RESTART_PAUSE_S)
+
+
+def _monotonic_ms() -> int:
+    return time.monotonic_ns() // 1_000_000
+
+
+def _wall_ms() -> int:
+    return time.time_ns() // 1_000_000

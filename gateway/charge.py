@@ -1,0 +1,57 @@
+"""What a finished request costs: the outcome table of DESIGN.md §6, as a pure function.
+
+    outcome            credits             token limits           request limits   basis
+    never reached      released            released               released         released
+    upstream refused   released            released               kept             released
+    complete, known    price               exact                  kept             exact
+    complete, unknown  price               the estimate           kept             estimated
+    broke / left       price               delivered so far       kept             under_estimate
+
+The price is flat per request, so whatever reached the upstream costs it in full. Two rows of DESIGN.md are not here: a
+gateway that died settles nothing (the sweeper does), and under a flat price the money cannot run out in mid-stream.
+"""
+
+from typing import assert_never
+
+from gateway.types import Charge, Outcome, Usage
+
+
+def settle(outcome: Outcome, usage: Usage | None, price_ucredits: int, token_estimate: int) -> Charge:
+    """The charge for a request that ended as `outcome`.
+
+    usage: what the meter learned, None when it learned nothing. price_ucredits, token_estimate: what the hold
+    reserved, both >= 0. `Charge.tokens` is what to book instead of the estimate; None leaves the estimate booked.
+
+    A client that left before the upstream gave any byte pays the flat price: the upstream has the request and may
+    be working on it. Its tokens are those of the input when the caller can tell (`meter.unanswered`), else the
+    estimate stays.
+    """
+    match outcome:
+        case Outcome.NEVER_REACHED:
+            return Charge(0, 0, keep_requests=False, basis="released")
+        case Outcome.UPSTREAM_REFUSED:
+            return Charge(0, 0, keep_requests=True, basis="released")
+        case Outcome.COMPLETE:
+            return _complete(usage, price_ucredits, token_estimate)
+        case Outcome.UPSTREAM_BROKE | Outcome.CLIENT_LEFT:
+            return _cut_short(usage, price_ucredits)
+        case _:
+            assert_never(outcome)
+
+
+def _complete(usage: Usage | None, price_ucredits: int, token_estimate: int) -> Charge:
+    if usage is None:
+        # A flat price is exact without any usage; only booked tokens can be an estimate.
+        return Charge(price_ucredits, None, keep_requests=True, basis="estimated" if token_estimate else "exact")
+    if usage.exact:
+        return Charge(price_ucredits, usage.total_tokens, keep_requests=True, basis="exact")
+    # What is only a lower bound may raise the estimate, never lower it.
+    return Charge(price_ucredits, max(usage.total_tokens, token_estimate), keep_requests=True, basis="estimated")
+
+
+def _cut_short(usage: Usage | None, price_ucredits: int) -> Charge:
+    if usage is None:
+        return Charge(price_ucredits, None, keep_requests=True, basis="under_estimate")
+    # The final count had already passed when the connection ended: nothing was missed.
+    basis = "exact" if usage.exact else "under_estimate"
+    return Charge(price_ucredits, usage.total_tokens, keep_requests=True, basis=basis)

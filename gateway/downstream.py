@@ -1,0 +1,178 @@
+"""The client's side of one request: what its head says, its bounded body, its leaving, and the way back to it.
+
+A pump reads from the client all the time, up to a high-water mark, so that a client that leaves is noticed at once,
+in any phase: while its body, the hold, a connection or the first byte is awaited, and mid-stream. Leaving cancels
+the walk's task (as `asyncio.timeout` does); `left` tells that cancellation from any other. Nothing here knows why a
+request is refused or where it is forwarded.
+"""
+
+import asyncio
+import os
+import re
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from gateway import headers
+from gateway.errors import BodyTooLarge, ClientLeft, RequestTimeout
+from gateway.headers import Network
+from gateway.types import Facts, HeaderList
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+#: Body bytes taken from the client ahead of whoever reads them.
+HIGH_WATER_BYTES = 256 * 1024
+
+
+class Client:
+    """Used by one walk, in the task that makes it."""
+
+    def __init__(self, receive: Receive, send: Send, *, idle_ms: int) -> None:
+        self._receive = receive
+        self._send = send
+        self._idle_s = idle_ms / 1000
+        self._chunks: deque[bytes] = deque()
+        self._buffered_bytes = 0
+        self._body_complete = False
+        self._changed = asyncio.Event()
+        self._room = asyncio.Event()
+        self._walk = asyncio.current_task()
+        self._finished = False
+        #: The client closed its connection before the answer was complete.
+        self.left = False
+        #: The head of an answer has been sent; from here on a refusal can no longer become a response.
+        self.started = False
+        self.sent_bytes = 0
+        self._pump = asyncio.create_task(self._run_pump())
+
+    # The request
+
+    async def whole_body(self, body_bytes_max: int) -> bytes:
+        """The complete body. Raises BodyTooLarge past the bound, RequestTimeout when the client stalls."""
+        return b"".join([chunk async for chunk in self.body(body_bytes_max)])
+
+    async def body(self, body_bytes_max: int) -> AsyncIterator[bytes]:
+        """The body in the pieces it arrives in; a reader that is slow slows the client."""
+        total_bytes = 0
+        while True:
+            while self._chunks:
+                chunk = self._chunks.popleft()
+                self._buffered_bytes -= len(chunk)
+                self._room.set()
+                total_bytes += len(chunk)
+                if total_bytes > body_bytes_max:
+                    raise BodyTooLarge(f"The request body is larger than the {body_bytes_max} bytes this route allows.")
+                yield chunk
+            if self._body_complete:
+                return
+            if self.left:  # never an empty or shortened body in place of one that did not arrive
+                raise ClientLeft
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(self._idle_s):
+                    await self._changed.wait()
+            except TimeoutError as exc:
+                raise RequestTimeout from exc
+
+    async def arrived(self) -> bytes | None:
+        """The whole body when it is here already, or comes with the head; None when more of it is awaited.
+        A body that fits one read can be sent again to another upstream, a stream cannot."""
+        if not self._body_complete and not self._chunks:
+            await asyncio.sleep(0)
+        if not self._body_complete:
+            return None
+        body = b"".join(self._chunks)
+        self._chunks.clear()
+        self._buffered_bytes = 0
+        return body
+
+    async def _run_pump(self) -> None:
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                self._leave()
+                return
+            if chunk := message.get("body", b""):
+                self._chunks.append(chunk)
+                self._buffered_bytes += len(chunk)
+            if not message.get("more_body", False):
+                self._body_complete = True
+            self._changed.set()
+            while self._buffered_bytes >= HIGH_WATER_BYTES:
+                self._room.clear()
+                await self._room.wait()
+
+    def _leave(self) -> None:
+        if self._finished:  # servers also say `disconnect` once the answer is complete
+            return
+        self.left = True
+        self._changed.set()
+        if self._walk is not None:
+            self._walk.cancel()
+
+    # The answer
+
+    async def start(self, status: int, fields: Iterable[tuple[bytes, bytes]]) -> None:
+        self.started = True
+        await self._deliver({"type": "http.response.start", "status": status, "headers": list(fields)})
+
+    async def write(self, chunk: bytes) -> None:
+        """`chunk` is on its way; waits while the client reads slower than we write."""
+        self.sent_bytes += len(chunk)
+        await self._deliver({"type": "http.response.body", "body": chunk, "more_body": True})
+
+    async def finish(self, chunk: bytes = b"") -> None:
+        """The answer is complete."""
+        self.sent_bytes += len(chunk)
+        self._finished = True
+        await self._deliver({"type": "http.response.body", "body": chunk, "more_body": False})
+
+    async def _deliver(self, message: Message) -> None:
+        try:
+            async with asyncio.timeout(self._idle_s):
+                await self._send(message)
+        except (TimeoutError, OSError) as exc:
+            # A client that does not read for so long, or a server that says so by raising: it is as good as gone.
+            self.left = True
+            raise ClientLeft from exc
+
+    def close(self) -> None:
+        """The walk is over; nothing of it is cancelled any more."""
+        self._finished = True
+        self._pump.cancel()
+
+
+def read_facts(scope: Mapping[str, Any], fresh_id: str, trusted_proxies: Sequence[Network]) -> Facts:
+    """What the request's head says. The request id is the client's only where a trusted proxy vouches for it."""
+    fields: HeaderList = tuple(scope["headers"])
+    peer = scope.get("client")
+    peer_ip = peer[0] if peer else ""
+    query = scope["query_string"]
+    path: bytes = scope["raw_path"]
+    facts = Facts(
+        request_id=fresh_id,
+        method=scope["method"],
+        path=scope["path"],
+        target=path + b"?" + query if query else path,
+        headers=fields,
+        client_ip=headers.client_ip(peer_ip, fields, trusted_proxies),
+        peer_ip=peer_ip,
+    )
+    if headers.is_trusted(peer_ip, trusted_proxies):
+        given = facts.header(b"x-request-id")
+        if given is not None and REQUEST_ID.fullmatch(given):
+            return replace(facts, request_id=given)
+    return facts
+
+
+def fresh_id() -> str:
+    """A UUIDv7 (RFC 9562 §5.7) as 32 hex digits: unique, and ordered by time in logs and indexes."""
+    random_bits = int.from_bytes(os.urandom(10), "big")
+    high = (time.time_ns() // 1_000_000) << 16 | 0x7000 | random_bits >> 68
+    low = 0b10 << 62 | random_bits & (1 << 62) - 1
+    return f"{high << 64 | low:032x}"
