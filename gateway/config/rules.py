@@ -1,0 +1,110 @@
+"""Rules over several keys of one section, as functions of plain values.
+
+They are applied twice: by the models, so that no value can exist which breaks them, and by checks.py to the file as
+written, so that they are reported together with every other mistake.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from gateway.config.values import format_duration
+
+#: 1 credit is 1,000,000 micro-credits, and Redis scripts compute exactly up to 2^53.
+CREDITS_MAX = 9_000_000_000
+LIMIT_MAX = 1_000_000_000_000
+
+ROUTE_PATH = r"/(?:[A-Za-z0-9._~!$&'()+,;=:@/-]*(?:(?<=/)\*)?)"
+ROUTE_PATH_FORM = "a route path: it starts with '/', is written decoded, and may end in '/*' for everything below"
+#: The gateway's own endpoints; no route may take them.
+OWN_PREFIX = "/-/"
+
+SECRET_CHARS_MIN = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Mistake:
+    """A broken rule; `field` is the YAML key to point at, empty for the whole section."""
+
+    text: str
+    field: str = ""
+
+
+def limit_window(count: object, has_window: bool) -> list[Mistake]:
+    if count in ("requests", "tokens") and not has_window:
+        return [Mistake(f"a limit on {count} needs a 'window' such as 1m")]
+    if count == "concurrent" and has_window:
+        return [Mistake("a limit on concurrent requests has no window: it counts those in flight", "window")]
+    return []
+
+
+def heartbeat(heartbeat_ms: int, lease_ms: int) -> list[Mistake]:
+    if heartbeat_ms < lease_ms:
+        return []
+    text = f"must be shorter than the lease of {format_duration(lease_ms)}, or a hold ends while its request runs"
+    return [Mistake(text, "heartbeat")]
+
+
+def session_ttl(ttl_ms: int, absolute_ttl_ms: int) -> list[Mistake]:
+    if ttl_ms <= absolute_ttl_ms:
+        return []
+    return [Mistake(f"must not be longer than absolute_ttl, {format_duration(absolute_ttl_ms)}", "ttl")]
+
+
+def signing_key(key: str | None) -> list[Mistake]:
+    if key is None or len(key) >= SECRET_CHARS_MIN:
+        return []
+    return [Mistake(f"is too short to sign with: at least {SECRET_CHARS_MIN} characters", "signing_key")]
+
+
+def jwt_key(key: Mapping[str, object]) -> list[Mistake]:
+    """`key` maps jwks, secret and pem_file to their values, None or absent when not given."""
+    given = [name for name in ("jwks", "secret", "pem_file") if key.get(name)]
+    if len(given) != 1:
+        return [Mistake(f"a key is exactly one of jwks, secret, pem_file, got {' and '.join(given) or 'none'}")]
+    secret = key.get("secret")
+    if not isinstance(secret, str):
+        return []
+    if secret.lstrip().startswith("-----BEGIN"):
+        return [Mistake("this is a PEM key, not a shared secret: use pem_file", "secret")]
+    if len(secret) < SECRET_CHARS_MIN:
+        # RFC 7518 §3.2: a key at least as long as the hash output.
+        return [Mistake(f"is too short for HS256: at least {SECRET_CHARS_MIN} characters (RFC 7518 §3.2)", "secret")]
+    return []
+
+
+def jwt_algorithms(keys: Sequence[Mapping[str, object]], algorithms: Sequence[object]) -> list[Mistake]:
+    """One source verifies with shared secrets or with public keys, never both.
+
+    A verifier that accepts both may be shown a token signed with HS256 under the *public* key as its secret.
+    """
+    secret = any(key.get("secret") for key in keys)
+    public = any(key.get("jwks") or key.get("pem_file") for key in keys)
+    if secret and public:
+        return [
+            Mistake("a secret and public keys in one source invite algorithm confusion: write two jwt sources", "keys")
+        ]
+    if secret and any(name in ("RS256", "ES256") for name in algorithms):
+        return [Mistake("RS256 and ES256 need jwks or pem_file; a secret verifies only HS256", "algorithms")]
+    if public and "HS256" in algorithms:
+        return [Mistake("HS256 needs a secret; jwks and pem_file verify only RS256 and ES256", "algorithms")]
+    return []
+
+
+def plan_known(plan: object, default_plan: object) -> list[Mistake]:
+    if plan or default_plan:
+        return []
+    return [Mistake("nothing says which plan its orgs have: give 'plan' or 'default_plan'")]
+
+
+def trusts_everybody(networks: Sequence[str]) -> list[Mistake]:
+    return [
+        Mistake(f"{network} trusts everybody's headers: name the proxies' own networks", "from") for network in networks
+    ]
+
+
+def route_path(path: str) -> list[Mistake]:
+    if path.startswith(OWN_PREFIX):
+        return [Mistake(f"paths below {OWN_PREFIX} belong to the gateway itself", "path")]
+    if any(segment in (".", "..") for segment in path.split("/")):
+        return [Mistake("'.' and '..' cannot stand in a route path: such requests match no route", "path")]
+    return []

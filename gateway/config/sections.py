@@ -1,0 +1,140 @@
+"""The sections that tell the machine how to run: connections, stores, upstreams, sessions, credits, log.
+
+Who may ask for what (identity, plans, routes) is in models.py. A YAML key is the field's alias; the attribute adds the
+unit. Every default stands here and, with a comment, in the shipped gateway.yaml.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self, TypeAlias
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+
+from gateway.config import rules
+from gateway.config.addresses import NetworkText, PostgresUrl, RedisUrl, Target
+from gateway.config.problems import cross_field
+from gateway.config.values import Flag, HeaderName, Name, Text, duration, empty_is_none, whole
+
+
+class Section(BaseModel):
+    """A mapping of the configuration: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    def mistakes(self) -> list[rules.Mistake]:
+        """Rules over several keys of this section that it breaks."""
+        return []
+
+    @model_validator(mode="after")
+    def _whole_section(self) -> Self:
+        for mistake in self.mistakes():
+            raise cross_field(mistake.text, mistake.field)
+        return self
+
+
+def _beside_the_config(value: object, info: ValidationInfo) -> object:
+    """A relative file name is relative to gateway.yaml, whose directory is the validation context."""
+    if isinstance(value, str) and value and isinstance(info.context, Path):
+        file = info.context / value
+        if not file.is_file():
+            raise ValueError(f"no such file: {file}")
+        return str(file.absolute())
+    return empty_is_none(value)
+
+
+OptionalText: TypeAlias = Annotated[Text | None, BeforeValidator(empty_is_none)]
+OptionalName: TypeAlias = Annotated[Name | None, BeforeValidator(empty_is_none)]
+OptionalFile: TypeAlias = Annotated[Text | None, BeforeValidator(_beside_the_config, json_schema_input_type=str | None)]
+
+
+class Listen(Section):
+    """Where and how the gateway accepts connections."""
+
+    host: Text = "127.0.0.1"
+    port: Annotated[int, whole(0, 65_535)] = 8080
+    workers: Annotated[int, whole(1, 256)] = 1
+    #: After SIGTERM: readiness is off but connections are still accepted, until balancers have noticed.
+    grace_ms: Annotated[int, duration("0s", "10m")] = Field(default=0, alias="grace")
+    #: Then: requests in flight may finish.
+    drain_timeout_ms: Annotated[int, duration("0s", "1h")] = Field(default=30_000, alias="drain_timeout")
+    #: How long a client may neither send nor take a byte that the gateway waits for.
+    client_idle_ms: Annotated[int, duration("100ms", "24h")] = Field(default=60_000, alias="client_idle")
+    #: Peers whose X-Forwarded-For and X-Request-Id are believed.
+    trusted_proxies: tuple[NetworkText, ...] = ()
+
+
+class Stores(Section):
+    """Redis and PostgreSQL: a URL each, or `embedded` for the servers that `gateway run` starts itself."""
+
+    redis: RedisUrl = Field(default="embedded", repr=False)
+    postgres: PostgresUrl = Field(default="embedded", repr=False)
+    redis_timeout_ms: Annotated[int, duration("1ms", "10s")] = Field(default=100, alias="redis_timeout")
+    redis_connect_timeout_ms: Annotated[int, duration("1ms", "30s")] = Field(default=200, alias="redis_connect_timeout")
+    postgres_timeout_ms: Annotated[int, duration("1ms", "1m")] = Field(default=250, alias="postgres_timeout")
+    postgres_pool_max: Annotated[int, whole(1, 1_000)] = 8
+
+
+class Timeouts(Section):
+    """How long the upstream may take for each step."""
+
+    connect_ms: Annotated[int, duration("1ms", "5m")] = Field(default=2_000, alias="connect")
+    #: From the request's last byte to the answer's first.
+    first_byte_ms: Annotated[int, duration("1ms", "24h")] = Field(default=120_000, alias="first_byte")
+    #: Silence inside an answer.
+    idle_ms: Annotated[int, duration("1ms", "24h")] = Field(default=60_000, alias="idle")
+    #: Silence while the upstream takes the request's body.
+    write_ms: Annotated[int, duration("1ms", "24h")] = Field(default=60_000, alias="write")
+
+
+class Upstream(Section):
+    """A service requests are forwarded to."""
+
+    targets: tuple[Target, ...] = Field(min_length=1, max_length=64)
+    timeouts: Timeouts = Field(default_factory=Timeouts)
+    connections_max: Annotated[int, whole(1, 65_535)] = 256
+    #: Idle connections are closed after this; shorter than the upstream's own limit (Node closes after 5 s).
+    keepalive_ms: Annotated[int, duration("0s", "1h")] = Field(default=4_000, alias="keepalive")
+    tls_verify: Flag = True
+    ca_file: OptionalFile = None
+
+
+class Sessions(Section):
+    """How a conversation is recognised and how long it is remembered."""
+
+    header: HeaderName = "x-session-id"
+    mint: Flag = True
+    #: Since its last request.
+    ttl_ms: Annotated[int, duration("1s", "365d")] = Field(default=86_400_000, alias="ttl")
+    #: Since its first request.
+    absolute_ttl_ms: Annotated[int, duration("1s", "365d")] = Field(default=30 * 86_400_000, alias="absolute_ttl")
+    per_org_max: Annotated[int, whole(1, 10_000_000)] = 10_000
+    signing_key: OptionalText = Field(default=None, repr=False)
+
+    def mistakes(self) -> list[rules.Mistake]:
+        return [*rules.session_ttl(self.ttl_ms, self.absolute_ttl_ms), *rules.signing_key(self.signing_key)]
+
+
+class Credits(Section):
+    """The machinery of holds and the ledger; prices are in policies, amounts in plans."""
+
+    lease_ms: Annotated[int, duration("1s", "10m")] = Field(default=30_000, alias="lease")
+    heartbeat_ms: Annotated[int, duration("100ms", "10m")] = Field(default=10_000, alias="heartbeat")
+    sweep_ms: Annotated[int, duration("100ms", "10m")] = Field(default=5_000, alias="sweep")
+    flush_ms: Annotated[int, duration("1ms", "1m")] = Field(default=200, alias="flush")
+    #: What a request whose gateway died costs: its last checkpoint, the whole hold, or nothing.
+    on_expiry: Literal["checkpoint", "hold", "release"] = "checkpoint"
+    batch_max: Annotated[int, whole(1, 10_000)] = 500
+    outbox_entries_max: Annotated[int, whole(1, 100_000_000)] = 1_000_000
+    mirror_ttl_ms: Annotated[int, duration("1s", "30d")] = Field(default=3_600_000, alias="mirror_ttl")
+    provision: Flag = False
+    settle_timeout_ms: Annotated[int, duration("100ms", "1m")] = Field(default=2_000, alias="settle_timeout")
+
+    def mistakes(self) -> list[rules.Mistake]:
+        return rules.heartbeat(self.heartbeat_ms, self.lease_ms)
+
+
+class Log(Section):
+    """How the gateway speaks to its operator."""
+
+    #: `auto`: pretty on a terminal, JSON elsewhere.
+    format: Literal["auto", "json", "pretty"] = "auto"
+    level: Literal["debug", "info", "warning", "error"] = "info"
