@@ -1,0 +1,16 @@
+"""Room: the upstream side. Forwards a request and relays the answer as it comes; knows nothing of who asks or pays."""
+
+from gateway.upstream.forward import Answer, Forwarding, UpstreamConfig, Upstreams
+from gateway.upstream.timeouts import Timeouts
+from gateway.upstream.transport import Stats, Transport, tls_context
+
+__all__ = [
+    "Answer",
+    "Forwarding",
+    "Stats",
+    "Timeouts",
+    "Transport",
+    "UpstreamConfig",
+    "Upstreams",
+    "tls_context",
+]
