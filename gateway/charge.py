@@ -4,8 +4,11 @@
     never reached      released            released               released         released
     upstream refused   released            released               kept             released
     complete, known    price               exact                  kept             exact
-    complete, unknown  price               the estimate           kept             estimated
+    complete, unknown  price               the estimate           kept             estimated; exact if none held
     broke / left       price               delivered so far       kept             under_estimate
+
+`upstream refused` is an answer of 400 or above, or none at all (our own 502 or 504): nothing was delivered, nothing is
+owed, and a client library that tries again is not charged for each try.
 
 The price is flat per request, so whatever reached the upstream costs it in full. Two rows of DESIGN.md are not here: a
 gateway that died settles nothing (the sweeper does), and under a flat price the money cannot run out in mid-stream.
