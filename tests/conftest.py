@@ -1,7 +1,9 @@
 """What every test may ask for: `redis_url`, an empty Redis-compatible server, and `database_url`, an empty database.
 
-Both are the embedded servers unless the run says `--stores=system`, or a test asks for the machine's own Redis and
-PostgreSQL as well: `@pytest.mark.parametrize("stores", ["embedded", "system"], indirect=True)`.
+`demo_router_url` is an AI router to stand behind the gateway (gateway/embedded/demo_router.py).
+
+The stores are the embedded servers unless the run says `--stores=system`, or a test asks for the machine's own Redis
+and PostgreSQL as well: `@pytest.mark.parametrize("stores", ["embedded", "system"], indirect=True)`.
 """
 
 import uuid
@@ -90,3 +92,10 @@ async def database_url(_postgres_url: str) -> AsyncIterator[str]:
         yield _postgres_url.rpartition("/")[0] + f"/{name}"
     finally:
         await servers.execute(_postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
+def demo_router_url() -> Iterator[str]:
+    """Base URL of the demo AI router of this run; it keeps nothing between requests, so tests may share it."""
+    with servers.demo_router() as url:
+        yield url

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import asyncpg
 
-from gateway.embedded import EmbeddedPostgres, EmbeddedValkey
+from gateway.embedded import EmbeddedDemoRouter, EmbeddedPostgres, EmbeddedValkey
 
 
 def system_redis() -> Path | None:
@@ -42,7 +42,18 @@ def valkey(binary: Path | None = None) -> Iterator[str]:
 def postgres(bin_dir: Path | None = None) -> Iterator[str]:
     """The URL of a server with data of its own, gone with the block. bin_dir: a PostgreSQL to run instead."""
     with tempfile.TemporaryDirectory(prefix="gateway-test-") as folder:
-        server = EmbeddedPostgres(Path(folder), bin_dir=bin_dir)
+        server = EmbeddedPostgres(Path(folder), bin_dir=bin_dir, durable=False)
+        try:
+            yield asyncio.run(server.start())
+        finally:
+            asyncio.run(server.stop())
+
+
+@contextmanager
+def demo_router(*flags: str) -> Iterator[str]:
+    """The base URL of a demo AI router in a process of its own."""
+    with tempfile.TemporaryDirectory(prefix="gateway-test-") as folder:
+        server = EmbeddedDemoRouter(Path(folder), flags=flags)
         try:
             yield asyncio.run(server.start())
         finally:
