@@ -77,7 +77,7 @@ class Gateway:
             self._outbox.mark,
             sweep_ms=credits.sweep_ms,
             mirror_ttl_s=mirror_ttl_s,
-            on_expiry=getattr(credits, "on_expiry", "checkpoint"),
+            on_expiry=credits.on_expiry,
         )
         self.admission = Admission(
             self.redis,
@@ -136,7 +136,7 @@ class Gateway:
                 metrics=self.metrics,
                 access_log=self._access_log,
                 trusted_proxies=settings.listen.trusted_proxies,
-                client_idle_ms=getattr(settings.listen, "client_idle_ms", 60_000),
+                client_idle_ms=settings.listen.client_idle_ms,
             )
         )
 

@@ -200,13 +200,15 @@ class Walk:
     ) -> None:
         """The answer has been relayed as far as both sides were there, and `hold.charge` says what it costs."""
         record = self._record
-        outcome, meter = Outcome.UPSTREAM_BROKE, None
+        # Until an answer begins nothing was delivered: a 502 or 504 of ours costs the client nothing.
+        outcome, meter = Outcome.UPSTREAM_REFUSED, None
         forwarding = self._steps.upstreams.forward(
             route.upstream, self._facts.method, self._facts.target, self._outbound(route, identified), body
         )
         try:
             async with forwarding as answer:
                 record.phase("first_byte")
+                outcome = Outcome.UPSTREAM_BROKE
                 meter = self._meter(route, answer, peek)
                 await self._relay(answer, meter)
             outcome = Outcome.UPSTREAM_REFUSED if answer.status >= 400 else Outcome.COMPLETE
