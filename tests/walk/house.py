@@ -27,24 +27,35 @@ from tests.waiting import until
 CREDIT = 1_000_000
 
 CONFIG = """
-listen: {{ port: 0, drain_timeout: 2s, trusted_proxies: {trusted} }}
-stores: {{ redis: "{redis}", postgres: "{postgres}", redis_timeout: 1s, redis_connect_timeout: 1s, postgres_timeout: 2s }}
+listen: {{ port: 0, grace: {grace}, drain_timeout: 2s, client_idle: {client_idle}, trusted_proxies: {trusted} }}
+stores:
+  redis: "{redis}"
+  postgres: "{postgres}"
+  redis_timeout: {redis_timeout}
+  redis_connect_timeout: {redis_connect_timeout}
+  postgres_timeout: {postgres_timeout}
 upstreams:
   ai_router:
     targets: ["{upstream}"]
     connections_max: 1024
-    timeouts: {{ connect: 2s, first_byte: {first_byte}, idle: {idle} }}
-identity: [ api_key: {{}} ]
+    timeouts: {{ connect: {connect}, first_byte: {first_byte}, idle: {idle} }}
+identity: {identity}
 plans: {{ pro: {{ credits: 1000, policy: pro }} }}
-routes:
-  - {{ path: /v1/chat/completions, method: POST, upstream: ai_router, dialect: openai, usage: openai_chat, body_bytes_max: 64KiB }}
-  - {{ path: /open, upstream: ai_router, forward_credential: true }}
-  - {{ path: /*, upstream: ai_router }}
+routes: {routes}
 credits: {{ lease: {lease}, heartbeat: {heartbeat}, sweep: 200ms, flush: 50ms }}
 sessions: {{ signing_key: "{signing_key}" }}
 log: {{ format: json, level: warning }}
 policies: policies/
 """
+
+ROUTES = """
+  - { path: /v1/chat/completions, method: POST, upstream: ai_router, dialect: openai, usage: openai_chat, body_bytes_max: 64KiB }
+  - { path: /open, upstream: ai_router, forward_credential: true }
+  - { path: /*, upstream: ai_router }
+"""
+
+#: How long the stores may take when nothing is configured. Most tests allow more: they are not about time.
+DEFAULT_TIMEOUTS = {"redis_timeout": "100ms", "redis_connect_timeout": "200ms", "postgres_timeout": "250ms"}
 
 POLICY = """
 policy: pro
@@ -71,6 +82,14 @@ class House:
 
     def write_config(self) -> Path:
         values = {
+            "grace": "0s",
+            "client_idle": "60s",
+            "redis_timeout": "1s",
+            "redis_connect_timeout": "1s",
+            "postgres_timeout": "2s",
+            "identity": "[ api_key: {} ]",
+            "routes": ROUTES,
+            "connect": "2s",
             "first_byte": "20s",
             "idle": "20s",
             "lease": "30s",
@@ -156,7 +175,7 @@ class Running:
 
 
 @asynccontextmanager
-async def in_process(house: House) -> AsyncIterator[Running]:
+async def in_process(house: House, *, redis_is_up: bool = True) -> AsyncIterator[Running]:
     settings = load(house.write_config(), {})
     listener = server.bind("127.0.0.1", 0)
     app = create_app(settings)
@@ -167,7 +186,8 @@ async def in_process(house: House) -> AsyncIterator[Running]:
     try:
         await started.wait()
         running = Running(server.address(listener), app)
-        await until(lambda: running.gateway.redis.usable)
+        if redis_is_up:
+            await until(lambda: running.gateway.redis.usable)
         yield running
     finally:
         httpd.should_exit = True
