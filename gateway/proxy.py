@@ -39,6 +39,8 @@ from gateway.usage import READERS
 
 log = structlog.get_logger("gateway.proxy")
 
+SESSION_FIELD = frozenset((b"x-session-id",))
+
 Body = bytes | AsyncIterable[bytes] | None
 
 
@@ -155,6 +157,7 @@ class Walk:
         if route is None:
             raise UnknownRoute
         if isinstance(route, MethodMismatch):
+            self._dialect = DIALECTS[route.dialect]
             raise MethodNotAllowed(allow=route.allowed)
         self._dialect = DIALECTS[route.dialect]
         self._record.route = route.name
@@ -195,9 +198,7 @@ class Walk:
         self._record.model, self._record.stream = peek.model, peek.stream
         return peek
 
-    async def _forward(
-        self, route: Route, identified: Identified, hold: Hold, body: Body, peek: Peek | None
-    ) -> None:
+    async def _forward(self, route: Route, identified: Identified, hold: Hold, body: Body, peek: Peek | None) -> None:
         """The answer has been relayed as far as both sides were there, and `hold.charge` says what it costs."""
         record = self._record
         # Until an answer begins nothing was delivered: a 502 or 504 of ours costs the client nothing.
@@ -259,12 +260,12 @@ class Walk:
     async def _relay(self, answer: Answer, meter: Meter | None) -> None:
         client, record = self._client, self._record
         record.status = answer.status
-        added = [(b"x-request-id", record.request_id.encode())]
+        # The upstream's own id for the request is its customers' to quote; ours stands beside it.
+        taken = any(name.lower() == b"x-request-id" for name, _ in answer.headers)
+        added = [(b"x-gateway-request-id" if taken else b"x-request-id", record.request_id.encode())]
         if self._session is not None:
             added.append((b"x-session-id", self._session.session_id.encode()))
-        await client.start(
-            answer.status, headers.to_client(answer.headers, added, strip=frozenset(name for name, _ in added))
-        )
+        await client.start(answer.status, headers.to_client(answer.headers, added, strip=SESSION_FIELD))
         async for chunk in answer.chunks:
             if meter is not None:
                 meter.see(chunk)

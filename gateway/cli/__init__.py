@@ -3,12 +3,12 @@
 Exit codes: 0 done, 1 it failed or a problem was found, 2 the command line or the configuration is wrong.
 """
 
-import asyncio
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import uvloop
 from typer.core import TyperGroup
 
 from gateway import __version__
@@ -22,6 +22,7 @@ from gateway.cli.run import run
 from gateway.cli.serve import serve
 from gateway.errors import ConfigError, GatewayError, StoreUnavailable
 from gateway.ledger.orgs import BadInput
+from gateway.telemetry import configure_logging
 
 FAILED, MISUSED = 1, 2
 
@@ -52,6 +53,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="A gateway in front of AI APIs: identity, exact limits, prepaid credits, sessions, streaming.",
 )
 
@@ -82,7 +84,9 @@ def run_command(
 ) -> None:
     """Run everything on this machine; what is not configured is started here: Valkey, PostgreSQL, an AI router."""
     invoked = invocation(ctx)
-    asyncio.run(run(invoked.settings(), invoked.config.parent, demo=demo))
+    settings = invoked.settings()
+    configure_logging(settings.log.format, settings.log.level, sys.stderr)
+    uvloop.run(run(settings, invoked.config.parent, demo=demo))
 
 
 @app.command("serve")

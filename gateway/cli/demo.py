@@ -1,11 +1,11 @@
 """The demo orgs of `gateway run`: one per plan, each with a key that survives restarts, and commands to try them."""
 
-import json
 import os
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+import msgspec
 from rich.markup import escape
 
 from gateway.config import Settings
@@ -14,6 +14,8 @@ from gateway.ledger import grant, query
 from gateway.stores import Postgres
 
 CHAT = '{"model": "demo-small", "messages": [{"role": "user", "content": "%s"}]%s}'
+
+STATUS_ONLY = "-s -o /dev/null -w %{http_code}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ async def ensure_demo_orgs(postgres: Postgres, settings: Settings, state_dir: Pa
 
     Raises StoreUnavailable."""
     kept_path = state_dir / "demo-keys.json"
-    kept: dict[str, str] = json.loads(kept_path.read_text()) if kept_path.exists() else {}
+    kept = _read_keys(kept_path)
     found = []
     for plan, terms in settings.plans.items():
         org_id = f"demo-{plan}"
@@ -43,9 +45,21 @@ async def ensure_demo_orgs(postgres: Postgres, settings: Settings, state_dir: Pa
             await postgres.row(query("add_key"), key.key_id, key.sha256, org_id, None, "demo", None)
             secret = kept[org_id] = key.secret
         found.append(DemoKey(plan, org_id, secret, terms.credits))
-    with open(os.open(kept_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        json.dump(kept, file, indent=2)
+    _write_keys(kept_path, kept)
     return found
+
+
+def _read_keys(path: Path) -> dict[str, str]:
+    """The kept secrets by org; none when there is no file, or it is not ours."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, str])
+    except (OSError, msgspec.DecodeError):
+        return {}
+
+
+def _write_keys(path: Path, kept: dict[str, str]) -> None:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(msgspec.json.encode(kept))
 
 
 async def _opens(postgres: Postgres, org_id: str, secret: str) -> bool:
@@ -74,7 +88,7 @@ def paste_these(address: str, keys: list[DemoKey]) -> str:
         f"curl -s {address}/echo -H 'authorization: Bearer {last.secret}' -H 'x-session-id: my-talk'; echo",
         "",
         f"[bold]# the {first.plan} org runs into its rate limit (429, waits a second) and out of credits (402)[/]",
-        f"for i in $(seq 200); do s=$({_chat(address, first.secret, 'again', flags='-s -o /dev/null -w %{http_code}')}); "
+        f"for i in $(seq 200); do s=$({_chat(address, first.secret, 'again', flags=STATUS_ONLY)}); "
         'echo -n "$s "; case $s in 429) sleep 1;; 402) break;; esac; done; echo',
         "",
         "[dim]health: /-/health  metrics: /-/metrics  Ctrl-C ends everything[/]",

@@ -98,7 +98,14 @@ async def _revoke(invoked: Invocation, key_id: str) -> tuple[KeyRow, bool]:
 def key_table(rows: Iterable[KeyRow]) -> Table:
     """The keys as a table."""
     cells = [
-        (row.key_id, _state(row), row.user_id or "-", row.name, format_time(row.created_at), format_time(row.expires_at))
+        (
+            row.key_id,
+            _state(row),
+            row.user_id or "-",
+            row.name,
+            format_time(row.created_at),
+            format_time(row.expires_at),
+        )
         for row in rows
     ]
     return table(("key", "state", "user", "name", "made", "expires"), cells)

@@ -51,7 +51,14 @@ def list_(
         emit_json(rows)
         return
     cells = [
-        (row.org_id, row.plan, format_credits(row.balance_ucredits), str(row.keys), row.name, format_time(row.created_at))
+        (
+            row.org_id,
+            row.plan,
+            format_credits(row.balance_ucredits),
+            str(row.keys),
+            row.name,
+            format_time(row.created_at),
+        )
         for row in rows
     ]
     console().print(table(("org", "plan", "credits#", "keys#", "name", "added"), cells))
@@ -74,7 +81,8 @@ def show(ctx: typer.Context, org: OrgArgument, as_json: JsonOption = False) -> N
         emit_json({"org": row, "plan_configured": plan_known, "keys": keys, "entries": entries})
         return
     say(f"{row.org_id}  {row.name}".rstrip())
-    say(f"plan {row.plan}, posted balance {format_credits(row.balance_ucredits)} credits, added {format_time(row.created_at)}")
+    balance = format_credits(row.balance_ucredits)
+    say(f"plan {row.plan}, posted balance {balance} credits, added {format_time(row.created_at)}")
     if not plan_known:
         remark(f"warning: plan {row.plan!r} is not in the configuration, so every request of this org is refused")
     console().print("", key_table(keys), "", entry_table(entries), sep="\n")

@@ -12,6 +12,8 @@ class MethodMismatch:
 
     #: What a 405 says in its Allow field, sorted.
     allowed: tuple[str, ...]
+    #: Of the first of these routes: whoever calls its path speaks it, with the wrong method too.
+    dialect: str = "problem"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,8 @@ class RouteTable:
             if route.method is None or method in route.method:
                 return route
         if candidates:
-            return MethodMismatch(tuple(sorted({name for route in candidates for name in route.method or ()})))
+            allowed = {name for route in candidates for name in route.method or ()}
+            return MethodMismatch(tuple(sorted(allowed)), candidates[0].dialect)
         return None
 
 

@@ -5,8 +5,7 @@ while the owner comes back, ends a hold once.
 """
 
 import asyncio
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import structlog
 
@@ -17,6 +16,8 @@ from gateway.stores import Redis, Script
 #: An org without holds, without outbox and without a request for so long leaves the list of active orgs.
 IDLE_AFTER_S = 600
 SWEEP_BATCH_MAX = 200
+#: Orgs whose state is asked for in one round trip.
+ORGS_AT_ONCE = 200
 
 log = structlog.get_logger("gateway.sweeper")
 
@@ -53,43 +54,54 @@ class Sweeper:
 
     async def sweep(self) -> int:
         """Every hold whose lease ran out has ended; returns how many. Raises StoreUnavailable."""
-        count = 0
-        for org, score in _pairs(await self._redis.call("ZRANGE", keys.ACTIVE_ORGS, 0, -1, "WITHSCORES")):
-            org_id = org.decode()
-            count += await self._sweep_org(org_id)
-            if await self._redis.call("EXISTS", keys.outbox(org_id)):
-                self._mark_dirty(org_id)
-            elif float(score) < (time.time() - IDLE_AFTER_S) * 1000 and not await self._redis.call(
-                "EXISTS", keys.holds(org_id)
-            ):
-                await self._redis.run(self._forget, [keys.ACTIVE_ORGS], [org_id, score])
-        self.swept_count += count
-        return count
-
-    async def _sweep_org(self, org_id: str) -> int:
         seconds, micros = await self._redis.call("TIME")
         now_ms = int(seconds) * 1000 + int(micros) // 1000
+        active = _pairs(await self._redis.call("ZRANGE", keys.ACTIVE_ORGS, 0, -1, "WITHSCORES"))
+        counts = [
+            await self._sweep_some(active[at : at + ORGS_AT_ONCE], now_ms) for at in range(0, len(active), ORGS_AT_ONCE)
+        ]
+        self.swept_count += sum(counts)
+        return sum(counts)
+
+    async def _sweep_some(self, orgs: Sequence[tuple[bytes, bytes]], now_ms: int) -> int:
+        """One round trip tells what is to be done for all of `orgs`."""
+        found = await asyncio.gather(*(self._look_at(org.decode(), now_ms) for org, _ in orgs))
         count = 0
-        due = await self._redis.call(
-            "ZRANGEBYSCORE", keys.deadlines(org_id), "-inf", now_ms, "LIMIT", 0, SWEEP_BATCH_MAX
-        )
-        for request_id in (member.decode() for member in due):
-            verdict = await self._redis.run(
-                self._orphan,
-                [
-                    keys.account(org_id),
-                    keys.holds(org_id),
-                    keys.deadlines(org_id),
-                    keys.outbox(org_id),
-                    keys.tombstone(org_id, request_id),
-                    keys.mirror(org_id),
-                ],
-                [request_id, self._on_expiry, self._mirror_ttl_s],
-            )
-            if verdict == b"OK":
-                count += 1
-                log.warning("hold of a lost gateway ended", org=org_id, hold=request_id, by=self._on_expiry)
+        for (org, score), (due, has_outbox, has_holds) in zip(orgs, found, strict=True):
+            org_id = org.decode()
+            for request_id in due:
+                count += await self._end(org_id, request_id.decode())
+            if has_outbox or due:
+                self._mark_dirty(org_id)
+            elif not has_holds and float(score) < now_ms - IDLE_AFTER_S * 1000:
+                await self._redis.run(self._forget, [keys.ACTIVE_ORGS], [org_id, score])
         return count
+
+    async def _look_at(self, org_id: str, now_ms: int) -> tuple[list[bytes], bool, bool]:
+        due, outbox, holds = await asyncio.gather(
+            self._redis.call("ZRANGEBYSCORE", keys.deadlines(org_id), "-inf", now_ms, "LIMIT", 0, SWEEP_BATCH_MAX),
+            self._redis.call("EXISTS", keys.outbox(org_id)),
+            self._redis.call("EXISTS", keys.holds(org_id)),
+        )
+        return due, bool(outbox), bool(holds)
+
+    async def _end(self, org_id: str, request_id: str) -> int:
+        verdict = await self._redis.run(
+            self._orphan,
+            [
+                keys.account(org_id),
+                keys.holds(org_id),
+                keys.deadlines(org_id),
+                keys.outbox(org_id),
+                keys.tombstone(org_id, request_id),
+                keys.mirror(org_id),
+            ],
+            [request_id, self._on_expiry, self._mirror_ttl_s],
+        )
+        if verdict != b"OK":
+            return 0
+        log.warning("hold of a lost gateway ended", org=org_id, hold=request_id, by=self._on_expiry)
+        return 1
 
 
 def _pairs(flat: list[bytes]) -> list[tuple[bytes, bytes]]:

@@ -10,7 +10,7 @@ import contextlib
 import random
 import ssl
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha1
 from typing import Any
 
@@ -28,6 +28,11 @@ Reply = Any
 RECONNECT_PAUSE_MIN_S = 0.05
 RECONNECT_PAUSE_MAX_S = 2.0
 
+#: Error replies that say the command or script was not begun.
+DID_NOT_RUN = frozenset(
+    "LOADING READONLY MASTERDOWN CLUSTERDOWN MOVED BUSY OOM MISCONF NOAUTH NOPERM NOREPLICAS".split()
+)
+
 log = structlog.get_logger("gateway.redis")
 
 
@@ -37,10 +42,11 @@ class Script:
 
     name: str
     text: str
+    #: Worked out once: it leaves with every call, and the text has thousands of bytes.
+    sha: str = field(init=False)
 
-    @property
-    def sha(self) -> str:
-        return sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sha", sha1(self.text.encode(), usedforsecurity=False).hexdigest())
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +97,7 @@ class Redis:
         self._settled = asyncio.Event()  # an attempt to connect has ended, well or badly
         self._lost = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
+        self._refusing: str | None = None
         #: Why the server cannot be used right now; None while connected.
         self.trouble: str | None = "not connected yet"
 
@@ -126,9 +133,18 @@ class Redis:
             reply = await future
         except (LinkLost, LinkTimeout) as exc:
             raise StoreUnavailable(detail=f"redis {self.address}: {exc}", ambiguous=True) from exc
-        if isinstance(reply, hiredis.ReplyError):
-            raise StoreUnavailable(detail=f"redis {self.address}: {reply}", ambiguous=True) from reply
-        return reply
+        return self._checked(reply, "command")
+
+    def _checked(self, reply: Reply, what: str) -> Reply:
+        if not isinstance(reply, hiredis.ReplyError):
+            self._refusing = None
+            return reply
+        kind = str(reply).partition(" ")[0]
+        if self._refusing != kind:  # one line per change, not one per request
+            self._refusing = kind
+            log.error("redis refused", what=what, error=str(reply))
+        detail = f"redis {self.address}: {what}: {reply}"
+        raise StoreUnavailable(detail=detail, ambiguous=kind not in DID_NOT_RUN) from reply
 
     async def call(self, *args: bytes | str | int) -> Reply:
         """One command, one reply."""
@@ -145,10 +161,7 @@ class Redis:
                 reply = await self.send("EVAL", script.text, len(keys), *keys, *args)
         except (LinkLost, LinkTimeout) as exc:
             raise StoreUnavailable(detail=f"redis {self.address}: {script.name}: {exc}", ambiguous=True) from exc
-        if isinstance(reply, hiredis.ReplyError):
-            log.error("redis refused a script", script=script.name, error=str(reply))
-            raise StoreUnavailable(detail=f"redis {self.address}: {script.name}: {reply}", ambiguous=True) from reply
-        return reply
+        return self._checked(reply, script.name)
 
     def send_detached(self, *args: bytes | str | int) -> None:
         """The command leaves in this turn; nobody learns how it went. Only for what the next call makes good."""

@@ -16,9 +16,6 @@ import httpx
 
 from gateway.upstream.exchange import Exchange
 
-#: How long a passed deadline waits for bytes that were in the socket already while the loop was busy elsewhere.
-_SECOND_LOOK_S = 0.001
-
 
 class Owner(Protocol):
     """Who counts connections and keeps those at rest."""
@@ -28,7 +25,7 @@ class Owner(Protocol):
 
 
 class Connection(asyncio.Protocol):
-    """Satisfies `exchange.Wire`."""
+    """Satisfies `wire.Wire`."""
 
     __slots__ = (
         "_alarm",
@@ -36,7 +33,6 @@ class Connection(asyncio.Protocol):
         "_drained",
         "_exchange",
         "_loop",
-        "_looked_at",
         "_owner",
         "_read_by",
         "_transport",
@@ -53,7 +49,7 @@ class Connection(asyncio.Protocol):
         self._exchange: Exchange | None = None
         self._write_paused = False
         self._drained: asyncio.Future[None] | None = None
-        self._read_by = self._write_by = self._alarm_at = self._looked_at = inf
+        self._read_by = self._write_by = self._alarm_at = inf
         self._alarm: asyncio.TimerHandle | None = None
         #: An earlier exchange went well on this connection.
         self.reused = False
@@ -75,7 +71,7 @@ class Connection(asyncio.Protocol):
     # -- Wire ----------------------------------------------------------------------------------------------------
 
     def write(self, data: bytes | memoryview) -> None:
-        if self._transport is not None:
+        if self._transport is not None and not self.closed:
             self._transport.write(data)
 
     async def drain(self, timeout_s: float) -> None:
@@ -203,13 +199,9 @@ class Connection(asyncio.Protocol):
         self._alarm = None
         self._alarm_at = inf
         due = min(self._read_by, self._write_by)
-        now = self._loop.time()
-        if due > now:
+        # Both loops read sockets before they run timers, so bytes that waited while the loop was busy came in time.
+        if due > self._loop.time():
             self._arm(due)
-        elif due != self._looked_at:
-            # Timers run before sockets are read in some loops; one more turn lets an answer that is there be read.
-            self._looked_at = due
-            self._arm(now + _SECOND_LOOK_S)
         elif self._exchange is not None:
             self._exchange.expired(writing=self._write_by <= self._read_by)
         else:

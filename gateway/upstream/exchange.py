@@ -1,4 +1,4 @@
-"""One request and its answer on a connection: sends the body, parses the answer, is the answer's byte stream.
+"""One request and its answer on a connection: sends the request, parses the answer, is the answer's byte stream.
 
     sending ──► waiting for the head ──► body ──► complete      the connection is free again, or closed
        └───────────────┴──────────────────┴─────► failed        the connection is closed at once
@@ -8,41 +8,19 @@ serves one exchange, so nothing of one answer can be read into the next.
 """
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator
-from typing import Protocol
+from collections.abc import AsyncIterator
 
 import httptools
 import httpx
 
 from gateway.upstream.request import Outgoing
 from gateway.upstream.timeouts import Deadlines
+from gateway.upstream.upload import WRITE_BYTES, Upload
+from gateway.upstream.wire import StaleConnection, Wire
 
 #: Unread body at which the upstream is told to wait (TCP's window closes).
 BUFFERED_BYTES_MAX = 65_536
 _HEAD_END = b"\r\n\r\n"
-#: Larger bodies are written piece by piece, so that an early answer can stop them.
-_WRITE_BYTES = 65_536
-#: A request body that is being cancelled gets this long to clean up before it is left behind.
-_UPLOAD_END_S = 1.0
-
-
-class StaleConnection(httpx.RemoteProtocolError):
-    """The upstream closed a kept connection without a byte of answer: most likely it never read the request."""
-
-
-class Wire(Protocol):
-    """What an exchange asks of its connection."""
-
-    reused: bool
-
-    def write(self, data: bytes | memoryview) -> None: ...
-    async def drain(self, timeout_s: float) -> None: ...
-    def watch_reading(self, timeout_s: float) -> None: ...
-    def unwatch_reading(self) -> None: ...
-    def pause_reading(self) -> None: ...
-    def resume_reading(self) -> None: ...
-    def finish(self, reusable: bool) -> None: ...
-    def abort(self) -> None: ...
 
 
 class Exchange(httpx.AsyncByteStream):
@@ -65,7 +43,6 @@ class Exchange(httpx.AsyncByteStream):
         "_silent_bytes",
         "_unclean",
         "_upload",
-        "_upload_stopped",
         "_waiter",
         "_wire",
         "answered",
@@ -99,10 +76,10 @@ class Exchange(httpx.AsyncByteStream):
         self._parts: list[bytes] = []
         self._buffered_bytes = 0
         self._silent_bytes = 0
-        self._heard = self._complete = self._unclean = self._paused = self._upload_stopped = False
+        self._heard = self._complete = self._unclean = self._paused = False
         self._error: BaseException | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._upload: asyncio.Task[None] | None = None
+        self._upload: Upload | None = None
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
 
     # -- the request ---------------------------------------------------------------------------------------------
@@ -111,66 +88,21 @@ class Exchange(httpx.AsyncByteStream):
         """The request is on its way: written at once when small, by a task of this exchange otherwise."""
         assert self._wire is not None
         body = outgoing.body
-        if isinstance(body, bytes) and len(body) <= _WRITE_BYTES:
+        if isinstance(body, bytes) and len(body) <= WRITE_BYTES:
             self._wire.write(outgoing.head + body if body else outgoing.head)
             self._all_sent()
-            return
-        self._wire.write(outgoing.head)
-        if isinstance(body, bytes):
-            upload = self._send_stream(_slices(body), len(body))
         else:
-            upload = self._send_stream(body, outgoing.length_bytes)
-        self._upload = self._loop.create_task(upload)
-        self._upload.add_done_callback(self._upload_ended)
-
-    async def _send_stream(self, body: AsyncIterable[bytes | memoryview], length_bytes: int | None) -> None:
-        """`body` was written, framed as announced. Raises LocalProtocolError when it has another length."""
-        wire, write_s = self._wire, self._deadlines.write_s
-        if wire is None:
-            return
-        if length_bytes == 0:
-            self._all_sent()
-        sent_bytes = 0
-        async for piece in body:
-            if self._wire is not wire:
-                return  # cancelled, but `body` went on: the connection may be somebody else's by now
-            if not piece:
-                continue
-            sent_bytes += len(piece)
-            if length_bytes is None:
-                wire.write(b"".join((b"%x\r\n" % len(piece), piece, b"\r\n")))
-            else:
-                if sent_bytes > length_bytes:
-                    raise httpx.LocalProtocolError(f"The body is longer than its Content-Length {length_bytes}.")
-                wire.write(piece)
-                if sent_bytes == length_bytes:
-                    self._all_sent()
-            await wire.drain(write_s)
-        if self._wire is not wire:
-            return
-        if length_bytes is None:
-            wire.write(b"0\r\n\r\n")
-            self._all_sent()
-        elif sent_bytes != length_bytes:
-            raise httpx.LocalProtocolError(f"The body ended after {sent_bytes} of {length_bytes} bytes.")
+            self._wire.write(outgoing.head)
+            self._upload = Upload(self._loop, self._wire, outgoing, self._deadlines.write_s, self._all_sent, self.fail)
 
     def _all_sent(self) -> None:
         self.sent = True
         if self._wire is not None and not self.answered:
             self._wire.watch_reading(self._deadlines.first_byte_s)
 
-    def _upload_ended(self, upload: "asyncio.Task[None]") -> None:
-        if upload.cancelled():
-            error: BaseException | None = httpx.WriteError("The request body was cancelled.")
-        else:
-            error = upload.exception()
-        if error is not None and not self._upload_stopped:
-            self.fail(error)
-
     def _stop_upload(self) -> None:
-        self._upload_stopped = True
         if self._upload is not None:
-            self._upload.cancel()
+            self._upload.stop()
 
     # -- the answer, as it arrives -------------------------------------------------------------------------------
 
@@ -247,8 +179,7 @@ class Exchange(httpx.AsyncByteStream):
 
     def _finish(self) -> None:
         wire, self._wire, self._parser = self._wire, None, None
-        if self._upload is not None:
-            self._stop_upload()
+        self._stop_upload()
         if wire is not None:
             wire.finish(self.sent and self._keep_alive and not self._unclean)
 
@@ -372,11 +303,5 @@ class Exchange(httpx.AsyncByteStream):
     async def aclose(self) -> None:
         """Nothing of this exchange goes on: neither the connection (unless it is free again) nor the upload."""
         self.cut()
-        if self._upload is not None and not self._upload.done():
-            await asyncio.wait({self._upload}, timeout=_UPLOAD_END_S)
-
-
-async def _slices(body: bytes) -> AsyncIterator[memoryview]:
-    view = memoryview(body)
-    for start in range(0, len(body), _WRITE_BYTES):
-        yield view[start : start + _WRITE_BYTES]
+        if self._upload is not None:
+            await self._upload.ended()

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import httpx
 
-from gateway.upstream.exchange import Exchange, StaleConnection
+from gateway.upstream.exchange import Exchange
 from gateway.upstream.pool import Origin, Pool, dial
 from gateway.upstream.request import compose
 from gateway.upstream.timeouts import Deadlines, Timeouts
+from gateway.upstream.wire import StaleConnection
 
 HEAD_BYTES_MAX = 65_536
 _DEFAULT_PORTS = {"http": 80, "https": 443}

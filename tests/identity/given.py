@@ -28,7 +28,7 @@ class Time:
 async def until(condition: Callable[[], bool]) -> None:
     """The condition holds; fails after two seconds."""
     async with asyncio.timeout(2):
-        while not condition():  # noqa: ASYNC110 - what is waited for has no event of its own
+        while not condition():
             await asyncio.sleep(0)
 
 

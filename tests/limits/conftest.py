@@ -26,7 +26,7 @@ class Verdict:
 class Limiter:
     """Calls `admit.lua` and `settle.lua` as admission does, with TIME taken from a key."""
 
-    def __init__(self, server: "redis.Redis[bytes]") -> None:
+    def __init__(self, server: redis.Redis) -> None:
         self.server = server
         self._scripts = {
             name: server.register_script(

@@ -102,6 +102,11 @@ class Server:
         if error is None and self.failures:
             raise self.failures[0]
 
+    def stop_listening(self) -> None:
+        """New connections are refused; those that are open go on."""
+        assert self._server is not None
+        self._server.close()
+
     @property
     def origin(self) -> str:
         host = f"[{self._host}]" if ":" in self._host else self._host

@@ -118,8 +118,9 @@ async def test_the_answer_to_head_has_no_body(server: Server, transport: Transpo
     assert server.connections == 1
 
 
-async def test_a_body_after_head_costs_the_connection(server: Server, transport: Transport) -> None:
-    server.script = answering(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+@pytest.mark.parametrize("rest", [b"Content-Length: 2\r\n\r\nok", b"Transfer-Encoding: chunked\r\n\r\n5"])
+async def test_a_body_after_head_costs_the_connection(server: Server, transport: Transport, rest: bytes) -> None:
+    server.script = answering(b"HTTP/1.1 200 OK\r\n" + rest)
     for _ in range(2):
         assert await exchange(transport, request(server, "HEAD")) == (200, b"")
     assert server.connections == 2
@@ -212,7 +213,9 @@ async def test_a_large_body_in_the_read_of_its_head_does_not_count_as_head(serve
     await transport.aclose()
 
 
-@pytest.mark.parametrize("after", [b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil", b"x", b"0\r\n\r\n"])
+@pytest.mark.parametrize(
+    "after", [b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil", b"HTTP/1.1 2", b"x", b"0\r\n\r\n"]
+)
 async def test_bytes_after_an_answer_never_reach_the_next_request(
     server: Server, transport: Transport, after: bytes
 ) -> None:

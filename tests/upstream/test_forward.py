@@ -231,6 +231,39 @@ async def test_what_must_not_be_sent_twice_is_not_retried(server: Server, upstre
     assert server.connections == 1
 
 
+async def test_a_retry_that_cannot_connect_does_not_forget_the_first_attempt(server: Server) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(OK)
+        await peer.request()
+
+    server.script = script
+    upstreams = Upstreams({"ai": Config((server.origin,))})
+    await ask(upstreams)
+    server.stop_listening()
+    forwarding = upstreams.forward("ai", "GET", b"/", HEADERS, None)
+    with pytest.raises(errors.UpstreamUnreachable) as caught:
+        await forwarding.__aenter__()
+    assert (caught.value.reached, forwarding.reached) == (True, True)
+    await upstreams.aclose()
+
+
+async def test_a_kept_connection_that_breaks_within_the_answer_is_not_retried(
+    server: Server, upstreams: Upstreams
+) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(OK)
+        await peer.request()
+        await peer.send(b"HTTP/1.1 200")
+
+    server.script = script
+    await ask(upstreams)
+    with pytest.raises(errors.UpstreamBroke):
+        await ask(upstreams)
+    assert server.connections == 1
+
+
 async def test_a_new_connection_that_breaks_is_not_retried(server: Server, upstreams: Upstreams) -> None:
     async def script(peer: Peer) -> None:
         await peer.request()
@@ -242,8 +275,11 @@ async def test_a_new_connection_that_breaks_is_not_retried(server: Server, upstr
 
 
 async def test_reached_is_known_when_cancelled(server: Server, upstreams: Upstreams) -> None:
+    asked = asyncio.Event()
+
     async def script(peer: Peer) -> None:
         await peer.request()
+        asked.set()
         await peer.closed()
 
     server.script = script
@@ -255,7 +291,7 @@ async def test_reached_is_known_when_cancelled(server: Server, upstreams: Upstre
     assert early.reached is False
     late = upstreams.forward("ai", "GET", b"/", HEADERS, None)
     task = asyncio.ensure_future(late.__aenter__())
-    await until(lambda: in_use(upstreams) == 1)
+    await asked.wait()
     task.cancel()
     await asyncio.wait({task})
     assert late.reached is True

@@ -2,12 +2,15 @@
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import httpx
 import pytest
 
 from gateway.upstream import Stats, Transport
+from gateway.upstream.connection import Connection
+from gateway.upstream.pool import Origin, Pool, dial
 from tests.upstream.scripted import OK, Peer, Server, exchange, read, request, stream_of, turns, until
 
 
@@ -65,10 +68,9 @@ async def test_connections_are_bounded_and_waiters_served_in_order(server: Serve
 
 
 @pytest.mark.parametrize("how", ["close", "reset", "bytes"])
-async def test_an_idle_connection_the_upstream_touches_leaves_the_pool(
-    server: Server, transport: Transport, how: str
-) -> None:
+async def test_an_idle_connection_the_upstream_touches_leaves_the_pool(server: Server, how: str) -> None:
     go = asyncio.Event()
+    transport = Transport(keepalive_ms=60_000)
 
     async def script(peer: Peer) -> None:
         await peer.request()
@@ -99,10 +101,34 @@ async def test_an_idle_connection_expires(server: Server) -> None:
     await transport.aclose()
 
 
+async def test_an_expired_connection_is_not_used_even_if_the_loop_was_too_busy_to_close_it(server: Server) -> None:
+    transport = Transport(keepalive_ms=20)
+    await exchange(transport, request(server))
+    assert transport.stats().idle == 1
+    time.sleep(0.04)  # noqa: ASYNC251  # the loop is busy: no timer runs
+    await asyncio.sleep(0)  # uvloop looks at the clock once per turn, before it runs timers
+    await exchange(transport, request(server))
+    assert server.connections == 2
+    await transport.aclose()
+
+
 async def test_no_keepalive_keeps_nothing(server: Server) -> None:
     transport = Transport(keepalive_ms=0)
     await exchange(transport, request(server))
     assert transport.stats().open == 0
+
+
+async def test_a_connection_that_closes_makes_room_for_who_waits(server: Server) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok")
+
+    server.script = script
+    transport = Transport(connections_max=1)
+    results = await asyncio.gather(*[exchange(transport, request(server)) for _ in range(5)])
+    assert results == [(200, b"ok")] * 5
+    assert server.connections == 5
+    assert transport.stats() == Stats(0, 0, 0, 0, 0)
 
 
 async def test_a_failed_dial_fails_one_waiter_and_the_slot_serves_the_next(server: Server) -> None:
@@ -123,6 +149,25 @@ async def test_an_upstream_that_accepts_and_closes_is_an_error_not_a_loop(server
     with pytest.raises((httpx.ConnectError, httpx.RemoteProtocolError)):
         await exchange(transport, request(server))
     assert transport.stats().open == 0
+
+
+async def test_a_new_connection_that_closes_while_it_is_handed_over_is_an_error_not_a_loop(
+    server: Server, transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dials: list[Connection] = []
+
+    async def short_lived(origin: Origin, pool: Pool, timeout_s: float) -> Connection:
+        connection = await dial(origin, pool, timeout_s)
+        loop = asyncio.get_running_loop()
+        loop.call_soon(loop.call_soon, connection.abort)  # after the pool has it, before the request has it
+        dials.append(connection)
+        return connection
+
+    monkeypatch.setattr("gateway.upstream.pool.dial", short_lived)
+    with pytest.raises(httpx.ConnectError):
+        await exchange(transport, request(server))
+    assert len(dials) == 1
+    assert transport.stats() == Stats(0, 0, 0, 0, 0)
 
 
 async def test_closing_the_transport_fails_whoever_uses_it(server: Server) -> None:
@@ -306,10 +351,9 @@ async def test_a_cancelled_read_closes_the_connection(server: Server, transport:
 
     server.script = script
     response = await transport.handle_async_request(request(server))
-    reading = asyncio.ensure_future(read(response))
+    reading = asyncio.ensure_future(anext(aiter(stream_of(response))))
     await turns(3)
     reading.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reading
     assert transport.stats().open == 0
-    await stream_of(response).aclose()

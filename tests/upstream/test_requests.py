@@ -271,23 +271,107 @@ async def test_a_failing_body_is_the_error_and_closes_the_connection(server: Ser
     assert transport.stats().open == 0
 
 
-async def test_a_body_that_ignores_its_cancellation_cannot_write_on_a_reused_connection(
-    server: Server, transport: Transport
-) -> None:
-    woken = asyncio.Event()
+async def test_a_body_that_ignores_its_cancellation_is_stopped(server: Server, transport: Transport) -> None:
+    counted: list[int] = []
 
     async def stubborn() -> AsyncIterator[bytes]:
         yield b"four"
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
-            woken.set()
-        yield b"more"
+            counted.append(0)
+        while len(counted) < 10_000:
+            counted.append(1)
+            yield b"more"
 
-    recorder = Recorder(server)
-    sized = [(b"Content-Length", b"4")]
-    assert await exchange(transport, request(server, "POST", headers=sized, body=stubborn())) == (200, b"ok")
-    await woken.wait()
-    assert await exchange(transport, request(server)) == (200, b"ok")
-    assert recorder.bodies == [b"four", b""]
-    assert server.connections == 1
+    async def script(peer: Peer) -> None:
+        await peer.head()
+        await peer.send(b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\n\r\nbig")
+        await peer.closed()
+
+    server.script = script
+    assert await exchange(transport, request(server, "POST", body=stubborn())) == (413, b"big")
+    assert counted == [0, 1]
+
+
+async def test_an_upload_ends_with_its_connection(server: Server, transport: Transport) -> None:
+    ended: list[int] = []
+
+    async def body() -> AsyncIterator[bytes]:
+        try:
+            yield b"part"
+            await asyncio.Event().wait()
+        finally:
+            ended.append(1)
+
+    async def script(peer: Peer) -> None:
+        await peer.head()
+        peer.reset()
+
+    server.script = script
+    with pytest.raises(httpx.RemoteProtocolError):
+        await exchange(transport, request(server, "POST", body=body()))
+    assert ended == [1]
+
+
+async def test_the_upload_stops_at_the_head_of_a_refusal(server: Server, transport: Transport) -> None:
+    go = asyncio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.head()
+        await peer.send(b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\n\r\n")
+        while not go.is_set():
+            await peer.reader.read(65_536)
+        await peer.send(b"big")
+        await peer.closed()
+
+    server.script = script
+    counted: list[int] = []
+
+    async def slow() -> AsyncIterator[bytes]:
+        async for piece in endless(counted, 1):
+            await asyncio.sleep(0)
+            yield piece
+            if len(counted) > 5_000:
+                go.set()
+                return
+
+    response = await transport.handle_async_request(request(server, "POST", body=slow()))
+    before = len(counted)
+    assert await steady(lambda: len(counted)) == before
+    go.set()
+    await stream_of(response).aclose()
+    assert transport.stats().open == 0
+
+
+@pytest.mark.parametrize("headers", [[(b"Content-Length", b"100")], []])
+async def test_a_connection_whose_request_was_not_sent_whole_is_not_reused(
+    server: Server, transport: Transport, headers: list[tuple[bytes, bytes]]
+) -> None:
+    async def body() -> AsyncIterator[bytes]:
+        yield b"part"
+        await asyncio.Event().wait()
+
+    async def script(peer: Peer) -> None:
+        await peer.head()
+        await peer.send(OK)
+        await peer.closed()
+
+    server.script = script
+    assert await exchange(transport, request(server, "POST", headers=headers, body=body())) == (200, b"ok")
+    assert transport.stats().open == 0
+
+
+async def test_a_connection_whose_request_waits_in_our_buffer_is_not_reused(
+    server: Server, transport: Transport
+) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.head()
+        await peer.send(OK)
+        await peer.closed()
+
+    server.script = script
+    sized = [(b"Content-Length", b"50000000")]
+    message = request(server, "POST", headers=sized, body=pieces(b"x" * 50_000_000))
+    assert await exchange(transport, message) == (200, b"ok")
+    assert transport.stats().open == 0

@@ -49,7 +49,12 @@ policies: policies/
 """
 
 ROUTES = """
-  - { path: /v1/chat/completions, method: POST, upstream: ai_router, dialect: openai, usage: openai_chat, body_bytes_max: 64KiB }
+  - path: /v1/chat/completions
+    method: POST
+    upstream: ai_router
+    dialect: openai
+    usage: openai_chat
+    body_bytes_max: 64KiB
   - { path: /open, upstream: ai_router, forward_credential: true }
   - { path: /*, upstream: ai_router }
 """
@@ -72,7 +77,7 @@ class House:
     redis_url: str
     database_url: str
     postgres: Postgres
-    redis: "redis_client.Redis[bytes]"
+    redis: redis_client.Redis
     upstream_url: str = "http://127.0.0.1:1"
     org_id: str = "acme"
     secret: str = ""
@@ -136,8 +141,8 @@ class House:
         return 0 if row is None else int(row["balance"])
 
     async def account(self) -> dict[str, int]:
-        stored = await self.redis.hgetall(keys.account(self.org_id))  # type: ignore[misc]  # its stub says both kinds
-        return {name.decode(): int(value) for name, value in stored.items()}
+        stored = await self.redis.hgetall(keys.account(self.org_id))
+        return {str(name, "ascii"): int(value) for name, value in stored.items() if isinstance(name, bytes)}
 
     async def at_rest(self) -> bool:
         """No hold is open and everything charged is posted."""

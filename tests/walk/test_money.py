@@ -66,7 +66,7 @@ async def test_a_denial_changes_no_key(house: House) -> None:
     ]
     await house.credits(5)
 
-    async def dump() -> dict[bytes, bytes]:
+    async def dump() -> dict[bytes, bytes | None]:
         return {key: await house.redis.dump(key) async for key in house.redis.scan_iter()}
 
     async with in_process(house) as gateway, house.client(gateway.address) as client:
