@@ -32,10 +32,10 @@ HIGH_WATER_BYTES = 256 * 1024
 class Client:
     """Used by one walk, in the task that makes it."""
 
-    def __init__(self, receive: Receive, send: Send, *, idle_ms: int) -> None:
+    def __init__(self, receive: Receive, send: Send, patience: "Patience") -> None:
         self._receive = receive
         self._send = send
-        self._idle_s = idle_ms / 1000
+        self._patience = patience
         self._chunks: deque[bytes] = deque()
         self._buffered_bytes = 0
         self._body_complete = False
@@ -54,7 +54,12 @@ class Client:
 
     async def whole_body(self, body_bytes_max: int) -> bytes:
         """The complete body. Raises BodyTooLarge past the bound, RequestTimeout when the client stalls."""
-        return b"".join([chunk async for chunk in self.body(body_bytes_max)])
+        body = await self.arrived()
+        if body is None:
+            return b"".join([chunk async for chunk in self.body(body_bytes_max)])
+        if len(body) > body_bytes_max:
+            raise _too_large(body_bytes_max)
+        return body
 
     async def body(self, body_bytes_max: int) -> AsyncIterator[bytes]:
         """The body in the pieces it arrives in; a reader that is slow slows the client."""
@@ -66,7 +71,7 @@ class Client:
                 self._room.set()
                 total_bytes += len(chunk)
                 if total_bytes > body_bytes_max:
-                    raise BodyTooLarge(f"The request body is larger than the {body_bytes_max} bytes this route allows.")
+                    raise _too_large(body_bytes_max)
                 yield chunk
             if self._body_complete:
                 return
@@ -74,7 +79,7 @@ class Client:
                 raise ClientLeft
             self._changed.clear()
             try:
-                async with asyncio.timeout(self._idle_s):
+                async with asyncio.timeout(self._patience.idle_s):
                     await self._changed.wait()
             except TimeoutError as exc:
                 raise RequestTimeout from exc
@@ -108,8 +113,11 @@ class Client:
                 await self._room.wait()
 
     def _leave(self) -> None:
-        if self._finished:  # servers also say `disconnect` once the answer is complete
-            return
+        if not self._finished:  # servers also say `disconnect` once the answer is complete
+            self.give_up()
+
+    def give_up(self) -> None:
+        """The client is gone, or as good as gone: what the walk waits for, it need not wait for any more."""
         self.left = True
         self._changed.set()
         if self._walk is not None:
@@ -133,18 +141,57 @@ class Client:
         await self._deliver({"type": "http.response.body", "body": chunk, "more_body": False})
 
     async def _deliver(self, message: Message) -> None:
+        self._patience.begins(self)
         try:
-            async with asyncio.timeout(self._idle_s):
-                await self._send(message)
-        except (TimeoutError, OSError) as exc:
-            # A client that does not read for so long, or a server that says so by raising: it is as good as gone.
+            await self._send(message)
+        except OSError as exc:  # some servers say so that the client is gone
             self.left = True
             raise ClientLeft from exc
+        finally:
+            self._patience.ends(self)
 
     def close(self) -> None:
         """The walk is over; nothing of it is cancelled any more."""
         self._finished = True
         self._pump.cancel()
+
+
+class Patience:
+    """How long a client may leave the gateway waiting. One that does not read is given up after `idle_ms`.
+
+    All share one timer, because hardly any message to a client ever waits, and a timer for each would cost more than
+    the sending itself.
+    """
+
+    def __init__(self, idle_ms: int) -> None:
+        self.idle_s = idle_ms / 1000
+        #: When each message that is being sent must be gone. All wait equally long, so the oldest is due first.
+        self._due: dict[Client, float] = {}
+        self._alarm: asyncio.TimerHandle | None = None
+
+    def begins(self, client: Client) -> None:
+        loop = asyncio.get_running_loop()
+        self._due[client] = loop.time() + self.idle_s
+        if self._alarm is None:
+            self._alarm = loop.call_later(self.idle_s, self._ring)
+
+    def ends(self, client: Client) -> None:
+        self._due.pop(client, None)
+
+    def _ring(self) -> None:
+        self._alarm = None
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        for client, due in tuple(self._due.items()):
+            if due > now:
+                self._alarm = loop.call_at(due, self._ring)
+                return
+            del self._due[client]
+            client.give_up()
+
+
+def _too_large(body_bytes_max: int) -> BodyTooLarge:
+    return BodyTooLarge(f"The request body is larger than the {body_bytes_max} bytes this route allows.")
 
 
 def read_facts(scope: Mapping[str, Any], fresh_id: str, trusted_proxies: Sequence[Network]) -> Facts:

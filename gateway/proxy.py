@@ -18,7 +18,7 @@ from gateway import charge, headers, keys, policy
 from gateway.admission import Admission, Hold
 from gateway.config import MethodMismatch, Route, RouteTable
 from gateway.dialects import DIALECTS
-from gateway.downstream import Client, Receive, Send, fresh_id, read_facts
+from gateway.downstream import Client, Patience, Receive, Send, fresh_id, read_facts
 from gateway.errors import (
     BadRequest,
     BodyTooLarge,
@@ -65,10 +65,11 @@ class Proxy:
 
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
+        self._patience = Patience(steps.client_idle_ms)
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         hold_id = fresh_id()
-        client = Client(receive, send, idle_ms=self._steps.client_idle_ms)
+        client = Client(receive, send, self._patience)
         facts = read_facts(scope, hold_id, self._steps.trusted_proxies)
         record = Record(facts.request_id, facts.method, facts.path, facts.client_ip)
         walk = Walk(self._steps, client, facts, hold_id, scope.get("scheme", "http"), record)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any, TextIO
 
 import msgspec
@@ -30,7 +31,7 @@ class Record:
     method: str
     path: str
     client_ip: str
-    started_s: float = field(default_factory=time.perf_counter)
+    started_ns: int = field(default_factory=time.perf_counter_ns)
     hold_id: str | None = None
     route: str | None = None
     org_id: str | None = None
@@ -61,7 +62,7 @@ class Record:
 
     def phase(self, name: str) -> None:
         """The phase `name` ends now."""
-        self.phases_ms[name] = round((time.perf_counter() - self.started_s) * 1000, 3)
+        self.phases_ms[name] = (time.perf_counter_ns() - self.started_ns) // 1000 / 1000
 
 
 class Metrics:
@@ -91,20 +92,26 @@ class Metrics:
         self.tokens = Counter(
             "gateway_tokens", "Tokens metered, by plan and direction.", ("plan", "direction"), registry=self.registry
         )
+        # `labels` takes a lock and builds strings at every call; what it returns never changes.
+        self._requests = cache(self.requests.labels)
+        self._phase_seconds = cache(self.phase_seconds.labels)
+        self._outcomes = cache(self.outcomes.labels)
+        self._charged = cache(self.charged.labels)
+        self._tokens = cache(self.tokens.labels)
 
     def observe(self, record: Record) -> None:
-        self.requests.labels(record.route or "none", str(record.status), record.decision).inc()
+        self._requests(record.route or "none", record.status, record.decision).inc()
         for phase, elapsed_ms in record.phases_ms.items():
-            self.phase_seconds.labels(phase).observe(elapsed_ms / 1000)
+            self._phase_seconds(phase).observe(elapsed_ms / 1000)
         if record.outcome is not None:
-            self.outcomes.labels(record.outcome, record.basis or "none").inc()
+            self._outcomes(record.outcome, record.basis or "none").inc()
         if record.plan is not None:
             if record.charged_ucredits:
-                self.charged.labels(record.plan).inc(record.charged_ucredits)
+                self._charged(record.plan).inc(record.charged_ucredits)
             if record.input_tokens:
-                self.tokens.labels(record.plan, "input").inc(record.input_tokens)
+                self._tokens(record.plan, "input").inc(record.input_tokens)
             if record.output_tokens:
-                self.tokens.labels(record.plan, "output").inc(record.output_tokens)
+                self._tokens(record.plan, "output").inc(record.output_tokens)
 
 
 class AccessLog:

@@ -79,8 +79,13 @@ class Postgres:
         if self._pool is None:
             raise StoreUnavailable(detail="postgres: closed")
         try:
-            async with asyncio.timeout(timeout_s), self._pool.acquire(timeout=timeout_s) as connection:
-                yield connection
+            async with asyncio.timeout(timeout_s) as deadline, self._pool.acquire(timeout=timeout_s) as connection:
+                try:
+                    yield connection
+                finally:
+                    if deadline.expired():
+                        # Given back as it is, it would wait as long again for the server to confirm the cancellation.
+                        connection.terminate()
         except _FAILURES as exc:
             reason = f"{type(exc).__name__}: {exc}" if str(exc) else f"no answer within {timeout_s * 1000:.0f} ms"
             if self.trouble != reason:

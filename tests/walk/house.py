@@ -27,7 +27,7 @@ from tests.waiting import until
 CREDIT = 1_000_000
 
 CONFIG = """
-listen: {{ port: 0, grace: {grace}, drain_timeout: 2s, client_idle: {client_idle}, trusted_proxies: {trusted} }}
+listen: {{ port: 0, workers: {workers}, grace: {grace}, drain_timeout: 2s, client_idle: {client_idle}, trusted_proxies: {trusted} }}
 stores:
   redis: "{redis}"
   postgres: "{postgres}"
@@ -94,6 +94,7 @@ class House:
             "postgres_timeout": "2s",
             "identity": "[ api_key: {} ]",
             "routes": ROUTES,
+            "workers": "1",
             "connect": "2s",
             "first_byte": "20s",
             "idle": "20s",

@@ -1,7 +1,6 @@
 """Input that is too large, too slow or plainly wrong, and upstreams that are not there: a clear answer, at no cost."""
 
 import asyncio
-import json
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -104,25 +103,20 @@ async def test_a_body_of_exactly_the_bound_passes(house: House) -> None:
     assert announced.json()["body_bytes"] == unannounced.json()["body_bytes"] == BODY_BYTES_MAX
 
 
-@pytest.mark.parametrize(
-    "body, trouble",
-    [
-        (b'{"model": ', "JSON"),
-        (b"", "JSON"),
-        (b"[1]", "object"),
-        (b'{"model":"m","messages":[],"max_tokens":"many"}', "max_tokens"),
-        (b'{"model":"m","messages":[],"n":-1}', "n"),
-    ],
-)
-async def test_a_body_that_cannot_be_read_is_400_only_where_a_limit_must_know_it(
-    house: House, body: bytes, trouble: str
-) -> None:
+async def test_a_body_that_cannot_be_read_is_400_only_where_a_limit_must_know_it(house: House) -> None:
     house.limits = TOKENS
     async with in_process(house) as gateway, house.client(gateway.address) as client:
-        error = refused(await client.post(CHAT, content=body), 400, "bad_request", CHAT)
-        assert trouble in error["message"]
-        # The same body on a route that nobody reads is the upstream's business.
-        assert (await client.post(ECHO, content=body)).json()["body_bytes"] == len(body)
+        for body, trouble in (
+            (b'{"model": ', "JSON"),
+            (b"", "JSON"),
+            (b"[1]", "object"),
+            (b'{"model":"m","messages":[],"max_tokens":"many"}', "max_tokens"),
+            (b'{"model":"m","messages":[],"n":-1}', "`n`"),
+        ):
+            error = refused(await client.post(CHAT, content=body), 400, "bad_request", CHAT)
+            assert trouble in error["message"]
+            # The same body on a route that nobody reads is the upstream's business.
+            assert (await client.post(ECHO, content=body)).json()["body_bytes"] == len(body)
 
 
 async def test_without_a_token_limit_the_upstream_judges_a_malformed_body(house: House) -> None:
@@ -164,13 +158,13 @@ async def test_a_client_that_stops_sending_its_body_gets_408(house: House, path:
 # -- routes and credentials ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["/", "/v1/chat/completions/", "/v1/models", "/echo/../v1/models", "/%2e%2e/echo"])
-async def test_a_path_without_a_route_is_404(house: House, path: str) -> None:
+async def test_a_path_without_a_route_is_404(house: House) -> None:
     async with in_process(house) as gateway, raw.connection(gateway.address) as (reader, writer):
-        writer.write(raw.request(house.secret, path))
-        assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 404 ")
-        assert b"application/problem+json" in await reader.readuntil(b"\r\n\r\n")
-        assert b'"code":"unknown_route"' in await reader.readuntil(b"}")
+        for path in ("/", "/v1/chat/completions/", "/v1/models", "/echo/../v1/models", "/%2e%2e/echo"):
+            writer.write(raw.request(house.secret, path))
+            assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 404 "), path
+            assert b"application/problem+json" in await reader.readuntil(b"\r\n\r\n")
+            assert b'"code":"unknown_route"' in await reader.readuntil(b"}")
 
 
 async def test_a_method_the_route_does_not_take_is_405_and_says_which_it_takes(house: House) -> None:
@@ -183,30 +177,27 @@ async def test_a_method_the_route_does_not_take_is_405_and_says_which_it_takes(h
         assert answer.headers["allow"] == "GET, POST"
 
 
+NO_CREDENTIAL: list[list[tuple[str, str]]] = [
+    [],
+    [("authorization", "Bearer sk-of-somebody-else")],
+    [("authorization", "Bearer gw_short")],
+    [("authorization", "Bearer gw_" + "x" * 43)],
+    [("x-api-key", "gw_" + "x" * 43)],
+    [("authorization", "Basic Z3c6Z3c=")],
+    [("authorization", "Bearer gw_" + "x" * 43), ("x-api-key", "gw_" + "y" * 43)],
+    [("cookie", "authorization=gw_" + "x" * 43)],
+]
+
+
 @BOTH_DIALECTS
-@pytest.mark.parametrize(
-    "fields",
-    [
-        [],
-        [("authorization", "Bearer sk-of-somebody-else")],
-        [("authorization", "Bearer gw_short")],
-        [("authorization", "Bearer gw_" + "x" * 43)],
-        [("x-api-key", "gw_" + "x" * 43)],
-        [("authorization", "Basic Z3c6Z3c=")],
-        [("authorization", "Bearer gw_" + "x" * 43), ("x-api-key", "gw_" + "y" * 43)],
-        [("cookie", "authorization=gw_" + "x" * 43)],
-    ],
-    ids=["none", "not ours", "malformed", "unknown", "unknown in x-api-key", "basic", "two", "cookie"],
-)
-async def test_a_missing_or_bad_credential_is_401_with_a_challenge(
-    house: House, path: str, fields: list[tuple[str, str]]
-) -> None:
+async def test_a_missing_or_bad_credential_is_401_with_a_challenge(house: House, path: str) -> None:
     async with in_process(house) as gateway, httpx.AsyncClient(base_url=gateway.address) as client:
-        answer = await client.post(path, headers=fields, json=chat_body())
-        refused(answer, 401, "invalid_api_key", path)
-        assert answer.headers["www-authenticate"] == "Bearer"
-        assert "retry-after" not in answer.headers
-        assert not any(value[-20:] in answer.text for _, value in fields)
+        for fields in NO_CREDENTIAL:
+            answer = await client.post(path, headers=fields, json=chat_body())
+            refused(answer, 401, "invalid_api_key", path)
+            assert answer.headers["www-authenticate"] == "Bearer"
+            assert "retry-after" not in answer.headers
+            assert not any(value[-20:] in answer.text for _, value in fields)
 
 
 # -- request ids -----------------------------------------------------------------------------------------------------
@@ -219,9 +210,9 @@ async def test_a_trusted_proxy_names_the_request_and_each_is_charged(house: Hous
             answer = await client.get(ECHO, headers={"x-request-id": "lb-1:retry.2"})
             assert answer.headers.get_list("x-request-id") == ["lb-1:retry.2"]
             assert dict(answer.json()["headers"])["x-request-id"] == "lb-1:retry.2"
-        refused(
-            await client.delete(ECHO, headers={"x-request-id": "lb-1:retry.2"}), 405, "method_not_allowed", ECHO
-        )
+        answer = await client.delete(ECHO, headers={"x-request-id": "lb-1:retry.2"})
+        said = refused(answer, 405, "method_not_allowed", ECHO)
+        assert (answer.headers["x-request-id"], said["instance"]) == ("lb-1:retry.2", "urn:request:lb-1%3Aretry.2")
         for unusable in ("x" * 129, "two words", "", "semi;colon"):
             answer = await client.get(ECHO, headers={"x-request-id": unusable})
             assert answer.headers["x-request-id"] not in ("", unusable)
@@ -283,20 +274,24 @@ async def test_an_upstream_that_does_not_answer_in_time_is_504(house: House, pat
     async with raw.upstream(listen_only) as upstream:
         house.upstream_url = upstream.url
         refused(await ask(house, path), 504, "upstream_timeout", path)
-        assert len(upstream.visits) == 1  # it may be at work on it: never asked twice
+        assert len(upstream.visits) == 1
 
 
 @BOTH_DIALECTS
-@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200", b"not HTTP at all\r\n\r\n"], ids=["none", "part", "garbage"])
-async def test_an_upstream_that_breaks_before_it_answers_is_502(house: House, path: str, answer: bytes) -> None:
+async def test_an_upstream_that_breaks_before_it_answers_is_502(house: House, path: str) -> None:
+    answers = [b"", b"HTTP/1.1 200", b"not HTTP at all\r\n\r\n"]
+
     async def break_off(visit: Visit) -> None:
         await visit.read_head()
-        await visit.send(answer)
+        await visit.send(answers[len(upstream.visits) - 1])
 
     async with raw.upstream(break_off) as upstream:
         house.upstream_url = upstream.url
-        refused(await ask(house, path), 502, "upstream_broke", path)
-        assert len(upstream.visits) == 1
+        async with in_process(house) as gateway, house.client(gateway.address) as client:
+            for _ in answers:
+                refused(await client.post(path, json=chat_body()), 502, "upstream_broke", path)
+            assert len(upstream.visits) == len(answers)  # it may be at work on a request: never asked twice
+            await nothing_was_charged(house)
 
 
 async def test_an_upstreams_own_502_passes_as_it_is(house: House) -> None:
@@ -329,13 +324,3 @@ async def test_an_answer_that_stops_arriving_is_cut_and_charged(house: House) ->
             await until(lambda: upstream.visits[0].closed_at)
             await house.settled()
     assert await house.charges() == [("settle", CREDIT)]
-
-
-async def test_a_refusal_names_its_request_in_the_body_as_in_the_header(house: House) -> None:
-    house.settings["trusted"] = "[127.0.0.0/8]"
-    async with in_process(house) as gateway, httpx.AsyncClient(base_url=gateway.address) as client:
-        named = {"x-request-id": "lb-7"}
-        said = refused(await client.post(CHAT, headers=named, json=chat_body()), 401, "invalid_api_key", CHAT)
-        assert said["request_id"] == "lb-7"
-        said = refused(await client.post(ECHO, headers=named), 401, "invalid_api_key", ECHO)
-        assert json.dumps(said["instance"]) == '"urn:request:lb-7"'
