@@ -146,7 +146,7 @@ class Walk:
             record.phase("admit")
             if isinstance(verdict, Refusal):
                 return verdict
-            record.available_ucredits = verdict.available_ucredits
+            record.hold_id, record.available_ucredits = self._hold_id, verdict.available_ucredits
             if named is not None:
                 self._session = await steps.sessions.attach(named, found)
                 record.session_digest, record.turn = keys.digest(named.session_id), self._session.turn

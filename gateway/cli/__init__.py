@@ -92,7 +92,9 @@ def run_command(
 @app.command("serve")
 def serve_command(ctx: typer.Context) -> None:
     """Serve, with every server configured: what a container or a unit file starts."""
-    serve(invocation(ctx).settings())
+    settings = invocation(ctx).settings()
+    configure_logging(settings.log.format, settings.log.level, sys.stderr)
+    serve(settings)
 
 
 app.command()(check)

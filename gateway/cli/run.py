@@ -19,7 +19,6 @@ from gateway.config import Settings
 from gateway.embedded import EmbeddedDemoRouter, embedded
 from gateway.ledger import migrate
 from gateway.stores import Postgres
-from gateway.telemetry import configure_logging
 
 MIGRATE_TIMEOUT_MS = 60_000
 
@@ -30,7 +29,6 @@ async def run(settings: Settings, directory: Path, *, demo: bool) -> None:
     """The gateway has run, with everything it needs, until a signal ended it; then nothing of it is left running.
 
     directory: where gateway.yaml lies. Raises ConfigError or EmbeddedError when something cannot start."""
-    configure_logging(settings.log.format, settings.log.level)
     run_file = directory / RUN_FILE
     state_dir = run_file.parent
     state_dir.mkdir(mode=0o700, exist_ok=True)

@@ -5,12 +5,10 @@ import uvloop
 from gateway import server
 from gateway.config import Settings
 from gateway.errors import ConfigError
-from gateway.telemetry import configure_logging
 
 
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises ConfigError when something only `gateway run` can start is asked for."""
-    configure_logging(settings.log.format, settings.log.level)
     uvloop.run(server.serve(require_configured(settings)))
 
 

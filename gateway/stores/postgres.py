@@ -26,7 +26,8 @@ RECONNECT_PAUSE_MAX_S = 2.0
 
 log = structlog.get_logger("gateway.postgres")
 
-_FAILURES = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
+#: UnicodeError: what asyncio raises for a host name that IDNA cannot encode.
+_FAILURES = (OSError, TimeoutError, UnicodeError, asyncpg.PostgresError, asyncpg.InterfaceError)
 
 
 class Postgres:

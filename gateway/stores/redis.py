@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import sha1
 from typing import Any
+from urllib.parse import urlsplit
 
 import hiredis
 import structlog
@@ -32,6 +33,9 @@ RECONNECT_PAUSE_MAX_S = 2.0
 DID_NOT_RUN = frozenset(
     "LOADING READONLY MASTERDOWN CLUSTERDOWN MOVED BUSY OOM MISCONF NOAUTH NOPERM NOREPLICAS".split()
 )
+
+#: UnicodeError: what asyncio raises for a host name that IDNA cannot encode.
+CONNECT_FAILURES = (OSError, TimeoutError, UnicodeError, LinkLost, LinkTimeout, RedisError, hiredis.ReplyError)
 
 log = structlog.get_logger("gateway.redis")
 
@@ -69,6 +73,10 @@ class RedisAddress:
             parts: dict[str, Any] = dict(parse_url(url))
         except ValueError as exc:
             raise ConfigError([f"REDIS_URL: {exc}"]) from exc
+        # redis-py takes a path that is no number for database 0.
+        path = urlsplit(url).path.strip("/")
+        if not url.startswith("unix:") and path and not path.isdigit():
+            raise ConfigError([f"REDIS_URL: '/{path}' is not the number of a database"])
         return cls(
             host=parts.get("host", "localhost"),
             port=parts.get("port", 6379),
@@ -201,7 +209,7 @@ class Redis:
             try:
                 async with asyncio.timeout(self._connect_timeout_s):
                     link = await self._connect()
-            except (OSError, TimeoutError, LinkLost, LinkTimeout, RedisError, hiredis.ReplyError) as exc:
+            except CONNECT_FAILURES as exc:
                 reason = str(exc) or f"no connection within {self._connect_timeout_s * 1000:.0f} ms"
                 if self.trouble != reason:
                     log.warning("redis unreachable", address=str(self.address), error=reason)

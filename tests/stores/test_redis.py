@@ -189,6 +189,16 @@ def test_addresses_are_shown_without_secrets(url: str, shown: str) -> None:
     assert str(RedisAddress.parse(url)) == shown
 
 
-def test_a_url_of_something_else_is_refused() -> None:
+@pytest.mark.parametrize("url", ["http://host", "redis://host/cache"])
+def test_a_url_of_something_else_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="REDIS_URL"):
-        RedisAddress.parse("http://host")
+        RedisAddress.parse(url)
+
+
+async def test_a_host_name_that_cannot_be_one_is_an_outage_not_a_crash() -> None:
+    redis = Redis("redis://a..b", timeout_ms=100, connect_timeout_ms=200)
+    redis.start()
+    with pytest.raises(StoreUnavailable):
+        await redis.call("PING")
+    assert redis._keeper is not None and not redis._keeper.done()
+    await redis.close()
