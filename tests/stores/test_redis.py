@@ -9,6 +9,7 @@ import pytest
 
 from gateway.errors import ConfigError, StoreUnavailable
 from gateway.stores import Redis, RedisAddress, Script
+from tests.waiting import until
 
 ECHO = Script("echo", "return ARGV[1]")
 
@@ -20,13 +21,6 @@ async def store(redis_url: str) -> AsyncIterator[Redis]:
     await redis.connected()
     yield redis
     await redis.close()
-
-
-async def until(condition: object, timeout_s: float = 5.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():  # type: ignore[operator]  # a lambda
-        assert time.monotonic() < deadline, "condition did not come true"
-        await asyncio.sleep(0.005)
 
 
 class Frozen:
@@ -166,14 +160,20 @@ async def test_connecting_goes_on_until_the_server_is_there(unused_tcp_port: int
     with pytest.raises(StoreUnavailable):
         await redis.call("PING")
 
+    gone = asyncio.Event()
+
     async def pong(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while await reader.read(65536):
-            writer.write(b"+PONG\r\n")
+        with contextlib.suppress(ConnectionError):
+            while await reader.read(65536):
+                writer.write(b"+PONG\r\n")
+        writer.transport.abort()
+        gone.set()
 
     server = await asyncio.start_server(pong, "127.0.0.1", unused_tcp_port)
     await until(lambda: redis.usable)
     assert await redis.call("PING") == b"PONG"
     await redis.close()
+    await gone.wait()
     server.close()
 
 
