@@ -69,7 +69,7 @@ class Stores(Section):
     postgres: PostgresUrl = Field(default="embedded", repr=False)
     redis_timeout_ms: Annotated[int, duration("1ms", "10s")] = Field(default=100, alias="redis_timeout")
     redis_connect_timeout_ms: Annotated[int, duration("1ms", "30s")] = Field(default=200, alias="redis_connect_timeout")
-    postgres_timeout_ms: Annotated[int, duration("1ms", "1m")] = Field(default=250, alias="postgres_timeout")
+    postgres_timeout_ms: Annotated[int, duration("1ms", "1m")] = Field(default=200, alias="postgres_timeout")
     postgres_pool_max: Annotated[int, whole(1, 1_000)] = 8
 
 

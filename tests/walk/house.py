@@ -27,7 +27,9 @@ from tests.waiting import until
 CREDIT = 1_000_000
 
 CONFIG = """
-listen: {{ port: 0, workers: {workers}, grace: {grace}, drain_timeout: 2s, client_idle: {client_idle}, trusted_proxies: {trusted} }}
+listen:
+  {{ port: 0, workers: {workers}, grace: {grace}, drain_timeout: 2s,
+     client_idle: {client_idle}, trusted_proxies: {trusted} }}
 stores:
   redis: "{redis}"
   postgres: "{postgres}"
@@ -60,7 +62,7 @@ ROUTES = """
 """
 
 #: How long the stores may take when nothing is configured. Most tests allow more: they are not about time.
-DEFAULT_TIMEOUTS = {"redis_timeout": "100ms", "redis_connect_timeout": "200ms", "postgres_timeout": "250ms"}
+DEFAULT_TIMEOUTS = {"redis_timeout": "100ms", "redis_connect_timeout": "200ms", "postgres_timeout": "200ms"}
 
 POLICY = """
 policy: pro

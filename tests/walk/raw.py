@@ -106,7 +106,12 @@ class Relay:
     def thaw(self) -> None:
         self._flowing.set()
 
-    async def open(self) -> None:
+    async def open(self, target_url: str | None = None) -> None:
+        """Connections are taken again; the server may have come back elsewhere."""
+        if target_url is not None:
+            moved = urlsplit(target_url)
+            assert moved.hostname is not None and moved.port is not None
+            self._target = (moved.hostname, moved.port)
         self._server = await asyncio.start_server(self._relay, "127.0.0.1", self._port)
         self._port = self._server.sockets[0].getsockname()[1]
 

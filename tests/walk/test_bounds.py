@@ -1,6 +1,7 @@
 """Input that is too large, too slow or plainly wrong, and upstreams that are not there: a clear answer, at no cost."""
 
 import asyncio
+import itertools
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from gateway import server
 from tests.waiting import until
 from tests.walk import raw
 from tests.walk.house import CREDIT, House, chat_body, in_process
@@ -155,6 +157,76 @@ async def test_a_client_that_stops_sending_its_body_gets_408(house: House, path:
             await nothing_was_charged(house)
 
 
+async def test_a_client_that_does_not_finish_its_head_is_let_go(house: House) -> None:
+    house.settings["client_idle"] = "150ms"
+    async with in_process(house) as gateway:
+        whole = raw.request(house.secret, ECHO, body=b"x")
+        for begun in (b"", b"POST", whole[:-10]):
+            async with raw.connection(gateway.address) as (reader, writer):
+                writer.write(begun)
+                assert await asyncio.wait_for(reader.read(), 5) == b""
+        # On a connection that has served already, too; and there only once something was begun.
+        async with raw.connection(gateway.address) as (reader, writer):
+            writer.write(whole)
+            await reader.readuntil(b'"body_bytes":1')
+            await asyncio.sleep(0.3)
+            writer.write(whole)
+            await reader.readuntil(b'"body_bytes":1')
+            writer.write(whole[:20])
+            await asyncio.wait_for(reader.read(), 5)
+
+
+async def test_an_unfinished_head_behind_a_request_does_not_cut_its_answer(house: House) -> None:
+    async def slow(visit: Visit) -> None:
+        await visit.read_head()
+        await visit.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n")
+        for piece in (b"one", b"two", b"end"):
+            await asyncio.sleep(0.1)
+            await visit.send(piece)
+        await visit.until_closed()
+
+    house.settings["client_idle"] = "150ms"
+    async with raw.upstream(slow) as upstream:
+        house.upstream_url = upstream.url
+        async with in_process(house) as gateway, raw.connection(gateway.address) as (reader, writer):
+            whole = raw.request(house.secret, ECHO)
+            writer.write(whole + whole[:20])
+            assert (await asyncio.wait_for(reader.read(), 5)).endswith(b"onetwoend")
+
+
+async def test_a_head_without_end_is_431(house: House) -> None:
+    begun = b"GET /echo HTTP/1.1\r\nx-field: "
+    async with in_process(house) as gateway:
+        # Not a byte more than it takes: what is left unread would turn the end of the connection into a reset.
+        async with raw.connection(gateway.address) as (reader, writer):
+            writer.write(begun + b"x" * (server.HEAD_BYTES_MAX + 1 - len(begun)))
+            assert (await asyncio.wait_for(reader.read(), 5)).startswith(b"HTTP/1.1 431 ")
+        async with raw.connection(gateway.address) as (reader, writer):
+            writer.write(begun + b"x" * (server.HEAD_BYTES_MAX - len(begun) - 4) + b"\r\n\r\n")
+            assert (await asyncio.wait_for(reader.readline(), 5)).startswith(b"HTTP/1.1 401 ")
+
+
+async def test_a_client_that_stops_reading_is_let_go_and_pays(house: House) -> None:
+    async def endless(visit: Visit) -> None:
+        await visit.read_head()
+        await visit.send(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n")
+        try:
+            while True:
+                await visit.send(b"x" * 65536)
+        finally:
+            visit.closed_at = asyncio.get_running_loop().time()
+
+    house.settings["client_idle"] = "150ms"
+    async with raw.upstream(endless) as upstream:
+        house.upstream_url = upstream.url
+        async with in_process(house) as gateway, raw.connection(gateway.address) as (_, writer):
+            writer.transport.pause_reading()  # type: ignore[attr-defined]  # it is a socket's, which reads too
+            writer.write(raw.request(house.secret, ECHO))
+            await until(lambda: upstream.visits and upstream.visits[0].closed_at)
+            await house.settled()
+    assert await house.charges() == [("settle", CREDIT)]
+
+
 # -- routes and credentials ------------------------------------------------------------------------------------------
 
 
@@ -189,10 +261,9 @@ NO_CREDENTIAL: list[list[tuple[str, str]]] = [
 ]
 
 
-@BOTH_DIALECTS
-async def test_a_missing_or_bad_credential_is_401_with_a_challenge(house: House, path: str) -> None:
+async def test_a_missing_or_bad_credential_is_401_with_a_challenge(house: House) -> None:
     async with in_process(house) as gateway, httpx.AsyncClient(base_url=gateway.address) as client:
-        for fields in NO_CREDENTIAL:
+        for fields, path in itertools.product(NO_CREDENTIAL, (CHAT, ECHO)):
             answer = await client.post(path, headers=fields, json=chat_body())
             refused(answer, 401, "invalid_api_key", path)
             assert answer.headers["www-authenticate"] == "Bearer"
@@ -247,51 +318,45 @@ def deaf_port() -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
-async def ask(house: House, path: str) -> httpx.Response:
+async def refused_by_both_routes(house: House, status: int, code: str) -> None:
+    """Whichever way the upstream is away: each route says so in its dialect, and nobody pays."""
     async with in_process(house) as gateway, house.client(gateway.address) as client:
-        answer = await client.post(path, json=chat_body())
+        for path in (CHAT, ECHO):
+            refused(await client.post(path, json=chat_body()), status, code, path)
         await nothing_was_charged(house)
-        return answer
 
 
-@BOTH_DIALECTS
-async def test_an_upstream_that_refuses_connections_is_502(house: House, path: str) -> None:
+async def test_an_upstream_that_refuses_connections_is_502(house: House) -> None:
     house.upstream_url = "http://127.0.0.1:1"
-    refused(await ask(house, path), 502, "upstream_unreachable", path)
+    await refused_by_both_routes(house, 502, "upstream_unreachable")
 
 
-@BOTH_DIALECTS
-async def test_an_upstream_that_does_not_accept_in_time_is_504(house: House, path: str) -> None:
+async def test_an_upstream_that_does_not_accept_in_time_is_504(house: House) -> None:
     house.settings["connect"] = "150ms"
     with deaf_port() as url:
         house.upstream_url = url
-        refused(await ask(house, path), 504, "upstream_unreachable", path)
+        await refused_by_both_routes(house, 504, "upstream_unreachable")
 
 
-@BOTH_DIALECTS
-async def test_an_upstream_that_does_not_answer_in_time_is_504(house: House, path: str) -> None:
+async def test_an_upstream_that_does_not_answer_in_time_is_504(house: House) -> None:
     house.settings["first_byte"] = "150ms"
     async with raw.upstream(listen_only) as upstream:
         house.upstream_url = upstream.url
-        refused(await ask(house, path), 504, "upstream_timeout", path)
-        assert len(upstream.visits) == 1
+        await refused_by_both_routes(house, 504, "upstream_timeout")
+        assert len(upstream.visits) == 2  # it may be at work on a request: never asked twice
 
 
-@BOTH_DIALECTS
-async def test_an_upstream_that_breaks_before_it_answers_is_502(house: House, path: str) -> None:
-    answers = [b"", b"HTTP/1.1 200", b"not HTTP at all\r\n\r\n"]
+@pytest.mark.parametrize("part", [b"", b"HTTP/1.1 200", b"not HTTP\r\n\r\n"], ids=["nothing", "half a line", "garbage"])
+async def test_an_upstream_that_breaks_before_it_answers_is_502(house: House, part: bytes) -> None:
 
     async def break_off(visit: Visit) -> None:
         await visit.read_head()
-        await visit.send(answers[len(upstream.visits) - 1])
+        await visit.send(part)
 
     async with raw.upstream(break_off) as upstream:
         house.upstream_url = upstream.url
-        async with in_process(house) as gateway, house.client(gateway.address) as client:
-            for _ in answers:
-                refused(await client.post(path, json=chat_body()), 502, "upstream_broke", path)
-            assert len(upstream.visits) == len(answers)  # it may be at work on a request: never asked twice
-            await nothing_was_charged(house)
+        await refused_by_both_routes(house, 502, "upstream_broke")
+        assert len(upstream.visits) == 2
 
 
 async def test_an_upstreams_own_502_passes_as_it_is(house: House) -> None:
@@ -304,7 +369,9 @@ async def test_an_upstreams_own_502_passes_as_it_is(house: House) -> None:
 
     async with raw.upstream(bad_gateway) as upstream:
         house.upstream_url = upstream.url
-        answer = await ask(house, CHAT)
+        async with in_process(house) as gateway, house.client(gateway.address) as client:
+            answer = await client.post(CHAT, json=chat_body())
+            await nothing_was_charged(house)
     assert (answer.status_code, answer.content, answer.headers["content-type"]) == (502, b"<hr>", "text/html")
 
 

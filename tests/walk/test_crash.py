@@ -5,7 +5,6 @@ import contextlib
 import signal
 from collections import Counter
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -18,7 +17,6 @@ from tests.waiting import until
 from tests.walk import raw
 from tests.walk.house import CREDIT, House, Process, chat_body, in_process
 from tests.walk.raw import Visit
-from tests.walk.relay import relay
 
 STREAMS = 50
 OUTAGE_S = 20.0
@@ -92,8 +90,8 @@ async def test_postgres_stopped_for_twenty_seconds_under_load_loses_nothing(hous
     database = EmbeddedPostgres(tmp_path / "own", durable=False)
     url = await database.start()
     try:
-        async with relay(url) as (between, relayed_url):
-            async with _moved_to(house, url, relayed_url), in_process(house) as gateway:
+        async with raw.relay(url) as relay:
+            async with _moved_to(house, url, relay.url), in_process(house) as gateway:
                 await house.credits(100_000)
                 async with house.client(gateway.address) as client:
                     assert (await client.get("/echo")).status_code == 200
@@ -101,18 +99,18 @@ async def test_postgres_stopped_for_twenty_seconds_under_load_loses_nothing(hous
                     stop = asyncio.Event()
                     load = [asyncio.create_task(_ask(client, statuses, stop)) for _ in range(4)]
                     await until(lambda: statuses[200] > 20)
-                    between.cut()
+                    await relay.close()
                     await database.stop()
                     # The outage itself: a length of time, not a wait for something.
                     await asyncio.sleep(OUTAGE_S)
                     during = sum(statuses.values())
-                    address = urlsplit(await database.start())
-                    between.restore(address.hostname or "", address.port or 0)
+                    url = await database.start()
+                    await relay.open(url)
                     await until(lambda: sum(statuses.values()) > during + 20)
                     stop.set()
                     await asyncio.gather(*load)
                 assert set(statuses) == {200}
-                house.postgres = Postgres(address.geturl(), timeout_ms=10_000, pool_max=2)
+                house.postgres = Postgres(url, timeout_ms=10_000, pool_max=2)
                 await house.postgres.open()
                 await house.settled(30)
                 asked = statuses[200] + 1

@@ -141,9 +141,7 @@ async def test_redis_that_stalls_is_a_quick_503_and_every_doubtful_admission_is_
     assert await house.charges() == [("settle", CREDIT)] * 5
 
 
-async def test_redis_that_stalls_during_an_answer_neither_delays_nor_loses_it(
-    house: House, redis_relay: Relay
-) -> None:
+async def test_redis_that_stalls_during_an_answer_neither_delays_nor_loses_it(house: House, redis_relay: Relay) -> None:
     go_on = asyncio.Event()
 
     async def in_two_parts(visit: Visit) -> None:
