@@ -94,6 +94,7 @@ class Client:
         body = b"".join(self._chunks)
         self._chunks.clear()
         self._buffered_bytes = 0
+        self._room.set()
         return body
 
     async def _run_pump(self) -> None:

@@ -199,9 +199,25 @@ def _worth_saying(record: logging.LogRecord) -> bool:
 
 
 def _work(settings: Settings, listener: socket.socket) -> None:
+    """A worker's whole life."""
     # Out of the terminal's process group: Ctrl-C comes once, from the parent, not twice.
     os.setpgid(0, 0)
-    uvloop.run(_serve_here(settings, listener, None))
+    uvloop.run(_serve_as_worker(settings, listener))
+
+
+async def _serve_as_worker(settings: Settings, listener: socket.socket) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    loop = asyncio.get_running_loop()
+
+    def orphaned() -> None:
+        loop.remove_reader(parent.sentinel)
+        log.error("the parent process is gone, so this worker ends")
+        signal.raise_signal(signal.SIGTERM)
+
+    # Nobody would replace, stop or even know a worker whose parent was killed.
+    loop.add_reader(parent.sentinel, orphaned)
+    await _serve_here(settings, listener, None)
 
 
 class _Workers:

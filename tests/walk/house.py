@@ -230,8 +230,12 @@ class Process:
             start_new_session=True,
         )
         self._reading.append(asyncio.create_task(self._read()))
-        await until(lambda: self.address or self._ended(), 30)
-        assert self.address, self.output
+        try:
+            await until(lambda: self.address or self._ended(), 30)
+            assert self.address, self.output
+        except BaseException:
+            self.process.kill()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:

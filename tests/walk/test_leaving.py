@@ -33,15 +33,18 @@ async def slot_is_free(house: House, gateway: Running) -> None:
     assert all(stats.in_use == 0 for stats in gateway.gateway.upstreams.stats().values())
 
 
+@pytest.mark.parametrize("body", [b"{}", b"x" * 300_000], ids=["small body", "large body"])
 @pytest.mark.parametrize("script", [silent, talkative], ids=["before the first byte", "mid-stream"])
-async def test_a_leaving_client_closes_the_upstream_within_100_ms(house: House, script: raw.Script) -> None:
+async def test_a_leaving_client_closes_the_upstream_within_100_ms(
+    house: House, script: raw.Script, body: bytes
+) -> None:
     house.limits = PARALLEL
     await house.credits(5)
     async with raw.upstream(script) as upstream:
         house.upstream_url = upstream.url
         async with in_process(house) as gateway:
             async with raw.connection(gateway.address) as (reader, writer):
-                writer.write(raw.request(house.secret))
+                writer.write(raw.request(house.secret, body=body))
                 await until(lambda: upstream.visits and upstream.visits[0].head)
                 if script is talkative:
                     assert b"data: 1" in await reader.readuntil(b"data: 1")

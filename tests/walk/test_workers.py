@@ -40,3 +40,13 @@ async def test_two_workers_share_credits_and_a_dead_one_is_replaced(house: House
             assert (await client.get(f"{gateway.address}/-/health")).status_code == 200
         assert await gateway.end(signal.SIGTERM) == 0
         assert [worker for worker in workers if Path(f"/proc/{worker}").exists()] == []
+
+
+async def test_workers_do_not_outlive_a_killed_parent(house: House) -> None:
+    house.settings["workers"] = "2"
+    async with Process(house) as gateway:
+        assert gateway.process is not None
+        await until(lambda: len(gateway.events("gateway open")) == 2)
+        workers = children(gateway.process.pid)
+        await gateway.end(signal.SIGKILL)
+        await until(lambda: [worker for worker in workers if Path(f"/proc/{worker}").exists()] == [])
