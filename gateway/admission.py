@@ -9,11 +9,11 @@ lost the account it goes to PostgreSQL directly. Reading balances and posting ar
 """
 
 import asyncio
+import contextlib
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -31,6 +31,10 @@ ACTIVE_MARKS_MAX = 100_000
 BACKLOG_MAX = 100_000
 BACKLOG_RETRY_S = 0.2
 DRAIN_POLL_S = 0.02
+#: Settles or renewals in one write: a burst of thousands would keep every admission behind it past its deadline.
+TOGETHER = 100
+#: Entries in one transaction when settles go to PostgreSQL because the process ends.
+POST_TOGETHER = 500
 
 log = structlog.get_logger("gateway.admission")
 
@@ -64,6 +68,10 @@ class Hold:
     charge: Charge | None = None
     #: Goes into the ledger entry beside the amount.
     meta: Mapping[str, Any] = field(default_factory=dict)
+    #: The Redis keys that every script takes, made when the hold is taken: account, holds, deadlines, outbox,
+    #: tombstone; and one counter per demand.
+    keys: list[str] = field(default_factory=list)
+    counters: list[str] = field(default_factory=list)
 
     @property
     def token_estimate(self) -> int:
@@ -81,17 +89,22 @@ class Admission:
         load_balance: Callable[[str, str], Awaitable[None]],
         post: Callable[[Sequence[Entry]], Awaitable[object]],
         mark_dirty: Callable[[str], None],
+        recheck: Callable[[str], None] = lambda org_id: None,
     ) -> None:
         self._redis = redis
         self._rules = rules
         self._load_balance = load_balance
         self._post = post
         self._mark_dirty = mark_dirty
+        self._recheck = recheck
         self._admit = Script("admit", limits.script_text("admit"))
         self._settle = Script("settle", limits.script_text("settle"))
         self._renew = Script("renew", limits.script_text("renew"))
         self._open: dict[str, Hold] = {}
-        self._backlog: deque[Hold] = deque()
+        #: Ending right now: neither open nor, should it fail, in the backlog yet.
+        self._ending = 0
+        self._backlog: dict[str, Hold] = {}
+        self._working_off = asyncio.Lock()
         self._active_marks: dict[str, float] = {}
 
     @property
@@ -139,13 +152,12 @@ class Admission:
             yield hold
         finally:
             del self._open[hold_id]
-            try:
-                await shielded(self._give_back(hold), self._rules.settle_timeout_ms / 1000)
-            except (StoreUnavailable, TimeoutError) as exc:
-                log.warning("settle kept for later", hold=hold_id, error=str(exc))
-                self._keep(hold)
+            # What fails is in the backlog by now, also when a cancellation hides the failure from us.
+            with contextlib.suppress(StoreUnavailable, TimeoutError):
+                await shielded(self._end(hold), self._rules.settle_timeout_ms / 1000)
 
     async def _take(self, hold: Hold) -> Refusal | None:
+        hold.keys, hold.counters = account_keys(hold), counter_keys(hold)
         reply = await self._ask(hold)
         if reply[0] == b"MISS":
             await self._load_balance(hold.principal.org_id, hold.principal.plan)
@@ -161,6 +173,8 @@ class Admission:
         if status == "DENY":
             return limit_refusal(hold.demands, hold.used, tuple(numbers[3::2]))
         if status in ("NOCREDIT", "INFLIGHT"):
+            if status == "NOCREDIT":
+                self._recheck(hold.principal.org_id)
             return credit_refusal(status, hold.ucredits, numbers[1])
         raise StoreUnavailable(detail=f"admission of {hold.hold_id}: {status}")
 
@@ -170,18 +184,7 @@ class Admission:
         args: list[str | int | bytes] = [hold.hold_id, hold.ucredits, rules.lease_ms, rules.outbox_entries_max]
         for demand in hold.demands:
             args += (limits.algorithm(demand), demand.limit, demand.window_ms, demand.cost)
-        reply: list[bytes] = await self._redis.run(
-            self._admit,
-            [
-                keys.account(org_id),
-                keys.holds(org_id),
-                keys.deadlines(org_id),
-                keys.outbox(org_id),
-                keys.tombstone(org_id, hold.hold_id),
-                *counter_keys(hold),
-            ],
-            args,
-        )
+        reply: list[bytes] = await self._redis.run(self._admit, [*hold.keys, *hold.counters], args)
         return reply
 
     def _mark_active(self, org_id: str) -> None:
@@ -194,70 +197,108 @@ class Admission:
         self._active_marks[org_id] = now
         self._redis.send_detached("ZADD", keys.ACTIVE_ORGS, int(time.time() * 1000), org_id)
 
+    async def _end(self, hold: Hold) -> None:
+        """The hold has ended, or is kept to be ended later; nothing that happens here makes it neither."""
+        self._ending += 1
+        try:
+            await self._give_back(hold)
+        except BaseException as exc:
+            log.warning("settle kept for later", hold=hold.hold_id, error=str(exc) or type(exc).__name__)
+            self._keep(hold)
+            raise
+        finally:
+            self._ending -= 1
+
     async def _give_back(self, hold: Hold) -> None:
         """The hold has ended, in Redis or, when Redis lost the account, in PostgreSQL. Any number of times."""
-        org_id, charge = hold.principal.org_id, hold.charge
-        ucredits = charge.ucredits if charge else 0
-        meta = {**hold.meta, "basis": charge.basis} if charge else {}
+        org_id, entry = hold.principal.org_id, _entry(hold)
+        verdict = await self._tell(hold, entry)
+        if verdict == b"MISS":
+            await self._post([entry])
+            # Nothing is due in Redis any more, but its leases and counters may have outlived the account.
+            await self._tell(hold, replace(entry, amount_ucredits=0))
+        elif entry.amount_ucredits:
+            self._mark_dirty(org_id)
+
+    async def _tell(self, hold: Hold, entry: Entry) -> bytes:
         args: list[str | int | bytes] = [
             hold.hold_id,
-            ucredits,
-            msgspec.json.encode(meta),
+            -entry.amount_ucredits,
+            msgspec.json.encode(entry.meta),
             self._rules.mirror_ttl_s,
             hold.taken_at_ms,
         ]
         for demand in hold.demands:
-            actual = _actual(demand, charge)
+            actual = _actual(demand, hold.charge)
             args += (limits.algorithm(demand), demand.limit, demand.window_ms, demand.cost, actual)
-        verdict = await self._redis.run(
-            self._settle,
-            [
-                keys.account(org_id),
-                keys.holds(org_id),
-                keys.deadlines(org_id),
-                keys.outbox(org_id),
-                keys.tombstone(org_id, hold.hold_id),
-                keys.mirror(org_id),
-                *counter_keys(hold),
-            ],
-            args,
-        )
-        if verdict == b"MISS":
-            await self._post([Entry(org_id, hold.hold_id, "settle", -ucredits, meta)])
-        elif ucredits:
-            self._mark_dirty(org_id)
+        mirror = keys.mirror(hold.principal.org_id)
+        verdict: bytes = await self._redis.run(self._settle, [*hold.keys, mirror, *hold.counters], args)
+        return verdict
 
     def _keep(self, hold: Hold) -> None:
         if len(self._backlog) >= BACKLOG_MAX:
             log.error("settle backlog is full, a hold is left to its lease", hold=hold.hold_id)
             return
-        self._backlog.append(hold)
+        self._backlog[hold.hold_id] = hold
 
     async def run(self) -> None:
         """Leases are renewed and kept settles retried, for ever."""
-        last_heartbeat = time.monotonic()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._keep_renewing())
+            group.create_task(self._keep_retrying())
+
+    async def _keep_retrying(self) -> None:
         while True:
-            await asyncio.sleep(min(BACKLOG_RETRY_S, self._rules.heartbeat_ms / 1000))
+            await asyncio.sleep(BACKLOG_RETRY_S)
             await self._work_off_backlog()
-            if (time.monotonic() - last_heartbeat) * 1000 >= self._rules.heartbeat_ms:
-                last_heartbeat = time.monotonic()
-                await asyncio.gather(*(self._heartbeat(hold) for hold in list(self._open.values())))
+
+    async def _keep_renewing(self) -> None:
+        while True:
+            await asyncio.sleep(self._rules.heartbeat_ms / 1000)
+            holds = list(self._open.values())
+            for at in range(0, len(holds), TOGETHER):
+                await asyncio.gather(*(self._heartbeat(hold) for hold in holds[at : at + TOGETHER]))
 
     async def drain(self, timeout_s: float) -> None:
-        """Requests that are being ended have settled, and settles that were kept had one last chance. What remains
-        after `timeout_s` ends with its lease."""
+        """Requests that are being ended have settled, and settles that were kept are in Redis or at least in the
+        ledger. What remains ends with its lease."""
         deadline = time.monotonic() + timeout_s
-        while (self._open or self._backlog) and time.monotonic() < deadline:
+        while (self._open or self._ending or self._backlog) and time.monotonic() < deadline:
             await self._work_off_backlog()
             await asyncio.sleep(DRAIN_POLL_S)
+        await self._post_backlog()
 
     async def _work_off_backlog(self) -> None:
-        for _ in range(len(self._backlog)):
+        """Every kept settle was tried once more; the rest is left when none of a whole batch could be taken."""
+        async with self._working_off:
+            waiting = list(self._backlog.values())
+            for at in range(0, len(waiting), TOGETHER):
+                batch = waiting[at : at + TOGETHER]
+                done = await asyncio.gather(*(self._give_back(hold) for hold in batch), return_exceptions=True)
+                failed = 0
+                for hold, result in zip(batch, done, strict=True):
+                    del self._backlog[hold.hold_id]
+                    if isinstance(result, StoreUnavailable):
+                        failed += 1
+                        self._backlog[hold.hold_id] = hold  # behind the others: it may be the only one that fails
+                    elif result is not None:
+                        log.error("settle given up, left to its lease", hold=hold.hold_id, exc_info=result)
+                if failed == len(batch):
+                    return
+
+    async def _post_backlog(self) -> None:
+        """What Redis did not take before the end is in the ledger. The sweeper that finds the hold later posts nothing
+        beside it, not even for a request that owes nothing."""
+        async with self._working_off:
+            holds = [hold for hold in self._backlog.values() if hold.ucredits]
             try:
-                await self._give_back(self._backlog[0])
-            except StoreUnavailable:
-                return
-            self._backlog.popleft()
+                for at in range(0, len(holds), POST_TOGETHER):
+                    batch = holds[at : at + POST_TOGETHER]
+                    await self._post([_entry(hold) for hold in batch])
+                    for hold in batch:
+                        del self._backlog[hold.hold_id]
+            except StoreUnavailable as exc:
+                log.error("settles left to their leases", count=len(self._backlog), error=str(exc))
 
     async def _heartbeat(self, hold: Hold) -> None:
         org_id = hold.principal.org_id
@@ -266,13 +307,21 @@ class Admission:
         for demand in hold.demands:
             args += (limits.algorithm(demand), demand.limit, demand.window_ms)
         try:
-            await self._redis.run(
-                self._renew,
-                [keys.account(org_id), keys.holds(org_id), keys.deadlines(org_id), *counter_keys(hold)],
-                args,
-            )
+            await self._redis.run(self._renew, [*hold.keys[:3], *hold.counters], args)
         except StoreUnavailable as exc:
             log.debug("lease not renewed", hold=hold.hold_id, error=str(exc))
+
+
+def account_keys(hold: Hold) -> list[str]:
+    """What every script that ends or begins a hold works on, in the order it takes them."""
+    org_id = hold.principal.org_id
+    return [
+        keys.account(org_id),
+        keys.holds(org_id),
+        keys.deadlines(org_id),
+        keys.outbox(org_id),
+        keys.tombstone(org_id, hold.hold_id),
+    ]
 
 
 def counter_keys(hold: Hold) -> list[str]:
@@ -322,6 +371,13 @@ def credit_refusal(status: str, price_ucredits: int, available_ucredits: int) ->
         return Refusal(429, "credits_in_flight", message, retry_after_ms=1000, details=details)
     message = "This organization has no credits left for this request."
     return Refusal(402, "insufficient_credits", message, should_retry=False, details=details)
+
+
+def _entry(hold: Hold) -> Entry:
+    """The ledger's line for the hold as it ended."""
+    charge = hold.charge
+    meta = {**hold.meta, "basis": charge.basis} if charge else {}
+    return Entry(hold.principal.org_id, hold.hold_id, "settle", -charge.ucredits if charge else 0, meta)
 
 
 def _actual(demand: Demand, charge: Charge | None) -> int:

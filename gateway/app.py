@@ -91,6 +91,7 @@ class Gateway:
             load_balance=self._accounts.load,
             post=lambda entries: post(self.postgres, entries),
             mark_dirty=self._outbox.mark,
+            recheck=self._accounts.recheck,
         )
         self.upstreams = Upstreams(settings.upstreams)
         self.metrics = Metrics()

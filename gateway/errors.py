@@ -9,6 +9,7 @@ GatewayError
 ├── UnknownRoute            404
 ├── MethodNotAllowed        405
 ├── StoreUnavailable        503  Redis or PostgreSQL did not answer in time
+│   ├── StoreRefused        503  it did answer: what it was given can never be stored
 │   └── UnknownBalance      503  the org's balance is not cached and PostgreSQL cannot be asked
 ├── UpstreamUnreachable     502  no connection: the upstream never saw the request
 │   └── UpstreamConnectTimeout 504
@@ -120,6 +121,10 @@ class StoreUnavailable(GatewayError):
 
     def __str__(self) -> str:
         return f"{self.message} ({self.detail})" if self.detail else self.message
+
+
+class StoreRefused(StoreUnavailable):
+    """A store the gateway depends on did not take what it was given."""
 
 
 class UnknownBalance(StoreUnavailable):

@@ -148,7 +148,7 @@ class Walk:
                 return verdict
             record.hold_id, record.available_ucredits = self._hold_id, verdict.available_ucredits
             if named is not None:
-                self._session = await steps.sessions.attach(named, found)
+                self._session = await steps.sessions.attach(principal, named, found)
                 record.session_digest, record.turn = keys.digest(named.session_id), self._session.turn
             await self._forward(route, identified, verdict, body, peek)
         return None

@@ -24,7 +24,7 @@ from gateway.stores import Redis, Script
 from gateway.types import Facts, Principal, Session
 
 SESSION_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_FIELDS = ("created", "turn", "tokens", "model")
+_FIELDS = ("created", "turn", "tokens", "model", "seen")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,28 +76,27 @@ class Sessions:
         return Named(given, minted=False)
 
     def begin(self, principal: Principal, named: Named) -> asyncio.Future[Any] | None:
-        """Ask for the record and keep it alive; sent in this turn of the loop, so it travels with the admission.
-        None when there is nothing to ask (a minted id), or nobody to ask."""
+        """Ask for the record; sent in this turn of the loop, so it travels with the admission. None when there is
+        nothing to ask (a minted id), or nobody to ask."""
         if named.minted or not self._redis.usable:
             return None
-        key = keys.session(principal.org_id, named.session_id)
-        found = self._redis.send("HMGET", key, *_FIELDS)
-        self._redis.send_detached("PEXPIRE", key, self._rules.ttl_ms)
+        found = self._redis.send("HMGET", keys.session(principal.org_id, named.session_id), *_FIELDS)
         found.add_done_callback(Redis.ignore)  # an admission that fails first leaves nobody to read it
         return found
 
-    async def attach(self, named: Named, found: asyncio.Future[Any] | None) -> Session:
+    async def attach(self, principal: Principal, named: Named, found: asyncio.Future[Any] | None) -> Session:
         """The session as of before this request; `available` is False when its record could not be read."""
         if named.minted:
             return Session(named.session_id, turn=1, new=True, created_ms=_now_ms())
         if found is None:
             return Session(named.session_id, turn=1, new=True, created_ms=_now_ms(), available=False)
         try:
-            created, turn, tokens, model = await self._redis.reply(found)
+            created, turn, tokens, model, seen = await self._redis.reply(found)
         except StoreUnavailable:
             return Session(named.session_id, turn=1, new=True, created_ms=_now_ms(), available=False)
         if created is None or _now_ms() - int(created) >= self._rules.absolute_ttl_ms:
             return Session(named.session_id, turn=1, new=True, created_ms=_now_ms())
+        self._keep_alive(principal, named, int(created), int(seen or 0))
         return Session(
             session_id=named.session_id,
             turn=int(turn) + 1,
@@ -106,6 +105,19 @@ class Sessions:
             total_tokens=int(tokens or 0),
             last_model=model.decode() if model else None,
         )
+
+    def _keep_alive(self, principal: Principal, named: Named, created_ms: int, seen_ms: int) -> None:
+        """A turn that takes long does not lose its session. Its end renews the record; before that only one that was
+        idle for half its time needs it. Never past the absolute age, and never out of the org's index, which bounds
+        how many are kept."""
+        now_ms, rules = _now_ms(), self._rules
+        if now_ms - seen_ms < rules.ttl_ms // 2 or not self._redis.usable:
+            return
+        key, index = keys.session(principal.org_id, named.session_id), keys.session_index(principal.org_id)
+        left_ms = max(1, min(rules.ttl_ms, created_ms + rules.absolute_ttl_ms - now_ms))
+        self._redis.send_detached("PEXPIRE", key, left_ms)
+        self._redis.send_detached("ZADD", index, "XX", now_ms, key)
+        self._redis.send_detached("PEXPIRE", index, rules.ttl_ms)
 
     def headers(self, session: Session, principal: Principal, facts: Facts) -> list[tuple[bytes, bytes]]:
         """What the upstream is told. The context is base64url(JSON); signed when a key is set:

@@ -6,14 +6,15 @@ Any gateway may carry any org's entries, several may carry the same: posting is 
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import structlog
 
 from gateway import keys, limits
-from gateway.errors import StoreUnavailable
+from gateway.errors import StoreRefused, StoreUnavailable
 from gateway.ledger.queries import query
 from gateway.stores import Postgres, Redis, Script
 from gateway.types import Balance, Entry
@@ -40,7 +41,7 @@ async def post(postgres: Postgres, entries: Sequence[Entry]) -> list[Balance]:
         [entry.request_id for entry in entries],
         [entry.kind for entry in entries],
         [entry.amount_ucredits for entry in entries],
-        [msgspec.json.encode(entry.meta).decode() for entry in entries],
+        [_json(entry.meta) for entry in entries],
         timeout_ms=POST_TIMEOUT_MS,
     )
     return [Balance(row["org_id"], row["balance"], row["version"]) for row in rows]
@@ -91,10 +92,8 @@ class Outbox:
             self._dirty.difference_update(orgs)
             try:
                 share = max(1, self._batch_max // len(orgs))
-                batch = await self._read(orgs, share)
-                if batch:
-                    balances = await post(self._postgres, [item.entry for item in batch])
-                    await self._apply(batch, {balance.org_id: balance for balance in balances})
+                batch, balances = await self._post(await self._read(orgs, share))
+                await self._apply(batch, {balance.org_id: balance for balance in balances})
             except BaseException:
                 self._dirty.update(orgs)
                 raise
@@ -115,6 +114,23 @@ class Outbox:
             for entry_id, fields in entries
         ]
 
+    async def _post(self, batch: list[OutboxEntry]) -> tuple[list[OutboxEntry], list[Balance]]:
+        """What of `batch` is in the ledger now, and the balances after it. An entry that the ledger refuses stays
+        where it is, for a person to look at; it never keeps back the others."""
+        if not batch:
+            return [], []
+        try:
+            return batch, await post(self._postgres, [item.entry for item in batch])
+        except StoreRefused as exc:
+            if len(batch) == 1:
+                entry = batch[0].entry
+                log.error("the ledger refuses a charge", org=entry.org_id, hold=entry.request_id, error=str(exc))
+                return [], []
+        middle = len(batch) // 2
+        older, balances = await self._post(batch[:middle])
+        newer, later = await self._post(batch[middle:])
+        return older + newer, balances + later
+
     async def _apply(self, batch: Iterable[OutboxEntry], balances: dict[str, Balance]) -> None:
         by_org: dict[str, list[str]] = {}
         for item in batch:
@@ -127,6 +143,12 @@ class Outbox:
                 [keys.account(org_id), keys.outbox(org_id), keys.mirror(org_id)],
                 [balance.ucredits, balance.version, self._mirror_ttl_s, *ids],
             )
+
+
+def _json(meta: Mapping[str, Any]) -> str:
+    """`meta` as jsonb takes it: a client may name a model with a NUL in it, which PostgreSQL cannot store."""
+    clean = {name: value.replace("\0", "\ufffd") if isinstance(value, str) else value for name, value in meta.items()}
+    return msgspec.json.encode(clean).decode()
 
 
 def _read_entry(org_id: str, entry_id: bytes, fields: list[bytes]) -> OutboxEntry:

@@ -2,9 +2,20 @@
 
 -- name: balance
 -- The posted balance of one org: no row when the org has none.
-SELECT c.organization_id AS org_id, c.credits * 1000000 + coalesce(a.micro, 0) AS balance, coalesce(a.version, 0) AS version
+SELECT c.organization_id AS org_id, coalesce(c.credits, 0)::bigint * 1000000 + coalesce(a.micro, 0) AS balance,
+       coalesce(a.version, 0) AS version
 FROM ai_credits c LEFT JOIN gateway.account a ON a.org_id = c.organization_id
 WHERE c.organization_id = $1;
+
+-- name: balances
+-- A row for every org asked for; one without a row in ai_credits has nothing, as of the version that its going made.
+SELECT o.org_id, c.organization_id IS NOT NULL AS present, coalesce(a.version, 0) AS version,
+       -- No balance is so absurd that it fails the statement, and with it all the other orgs: 2^53 is as far as Redis counts.
+       CASE WHEN c.organization_id IS NULL THEN 0
+            ELSE greatest(-9007199254740992, least(9007199254740992,
+                 coalesce(c.credits, 0)::numeric * 1000000 + coalesce(a.micro, 0)))::bigint END AS balance
+FROM unnest($1::text[]) AS o (org_id)
+LEFT JOIN ai_credits c ON c.organization_id = o.org_id LEFT JOIN gateway.account a ON a.org_id = o.org_id;
 
 -- name: post
 -- Entries, any number of times with one effect; the new balance of every org named.
@@ -24,7 +35,7 @@ INSERT INTO gateway.org (org_id, name, plan) VALUES ($1, $2, $3) ON CONFLICT DO 
 
 -- name: orgs
 -- Every org with its balance, in order of id.
-SELECT o.org_id, o.name, o.plan, o.created_at, c.credits * 1000000 + coalesce(a.micro, 0) AS balance,
+SELECT o.org_id, o.name, o.plan, o.created_at, c.credits::bigint * 1000000 + coalesce(a.micro, 0) AS balance,
        (SELECT count(*) FROM gateway.api_key k WHERE k.org_id = o.org_id AND k.revoked_at IS NULL) AS keys
 FROM gateway.org o LEFT JOIN ai_credits c ON c.organization_id = o.org_id LEFT JOIN gateway.account a USING (org_id)
 WHERE $1::text IS NULL OR o.org_id = $1 ORDER BY o.org_id LIMIT $2;

@@ -69,17 +69,33 @@ class Sweeper:
         count = 0
         for (org, score), (due, has_outbox, has_holds) in zip(orgs, found, strict=True):
             org_id = org.decode()
-            for request_id in due:
-                count += await self._end(org_id, request_id.decode())
+            count += await self._end_all(org_id, due, now_ms)
             if has_outbox or due:
                 self._mark_dirty(org_id)
             elif not has_holds and float(score) < now_ms - IDLE_AFTER_S * 1000:
                 await self._redis.run(self._forget, [keys.ACTIVE_ORGS], [org_id, score])
         return count
 
+    async def _end_all(self, org_id: str, due: list[bytes], now_ms: int) -> int:
+        """However many holds a lost gateway has left: until fewer than a batch of them are due."""
+        count = 0
+        while due:
+            ended = sum([await self._end(org_id, request_id.decode()) for request_id in due])
+            count += ended
+            if len(due) < SWEEP_BATCH_MAX or ended == 0:
+                break
+            due = await self._due(org_id, now_ms)
+        return count
+
+    async def _due(self, org_id: str, now_ms: int) -> list[bytes]:
+        due: list[bytes] = await self._redis.call(
+            "ZRANGEBYSCORE", keys.deadlines(org_id), "-inf", now_ms, "LIMIT", 0, SWEEP_BATCH_MAX
+        )
+        return due
+
     async def _look_at(self, org_id: str, now_ms: int) -> tuple[list[bytes], bool, bool]:
         due, outbox, holds = await asyncio.gather(
-            self._redis.call("ZRANGEBYSCORE", keys.deadlines(org_id), "-inf", now_ms, "LIMIT", 0, SWEEP_BATCH_MAX),
+            self._due(org_id, now_ms),
             self._redis.call("EXISTS", keys.outbox(org_id)),
             self._redis.call("EXISTS", keys.holds(org_id)),
         )

@@ -56,16 +56,19 @@ if not fits then
   return reply
 end
 
+if hold > 0 then
+  -- The lease first: its key is the one that was not read above, and nothing is written when it is of a foreign type.
+  redis.call('ZADD', deadlines, int(now + lease), rid)
+  -- Until a heartbeat says more, a flat price is owed in full: that is what a gateway that dies now leaves behind.
+  redis.call('HSET', holds, rid, int(hold) .. ':' .. int(hold))
+  redis.call('HINCRBY', account, 'h', int(hold))
+end
 for d = 1, demands do
   local a = 4 * d + 1
   KINDS[ARGV[a]].take(KEYS[5 + d], tonumber(ARGV[a + 1]), tonumber(ARGV[a + 2]), tonumber(ARGV[a + 3]), now, rid)
 end
 redis.call('HSET', account, 'l', int(now))
 if hold > 0 then
-  -- Until a heartbeat says more, a flat price is owed in full: that is what a gateway that dies now leaves behind.
-  redis.call('HSET', holds, rid, int(hold) .. ':' .. int(hold))
-  redis.call('ZADD', deadlines, int(now + lease), rid)
-  redis.call('HINCRBY', account, 'h', int(hold))
   redis.call('PERSIST', account)
 elseif redis.call('TTL', account) == -1 then
   refresh_ttl(account)

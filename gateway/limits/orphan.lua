@@ -20,12 +20,14 @@ if ARGV[2] == 'hold' then
 elseif ARGV[2] == 'release' then
   charge = 0
 end
-redis.call('SET', tombstone, 'orphaned:' .. int(charge), 'EX', TOMBSTONE_TTL_S)
+redis.call('SET', tombstone, 'orphaned:' .. int(charge), 'EX', ORPHAN_TOMBSTONE_TTL_S)
 if charge > 0 then
   redis.call('XADD', outbox, '*', 'r', rid, 'k', 'orphan', 'a', int(charge), 'd', int(charge), 'm',
     '{"basis":"' .. ARGV[2] .. '"}')
-  redis.call('HINCRBY', account, 'u', int(charge))
-  write_mirror(account, mirror, ARGV[3])
+  if redis.call('HEXISTS', account, 'p') == 1 then
+    redis.call('HINCRBY', account, 'u', int(charge))
+    write_mirror(account, mirror, ARGV[3])
+  end
 end
 refresh_ttl(account)
 return 'OK'

@@ -10,6 +10,8 @@
 local UCREDITS_PER_CREDIT = 1000000
 local CLEAN_ACCOUNT_TTL_S = 86400
 local TOMBSTONE_TTL_S = 900
+-- Of a swept request, whose gateway may wake up much later: without it a late release would not undo the sweeper's charge.
+local ORPHAN_TOMBSTONE_TTL_S = 86400
 local CLOCK_STEP_MAX_MS = 60000
 
 -- Lua's own tostring() prints 1e15 as "1e+15"; integers leave here with all their digits, and zero without a sign.
@@ -59,9 +61,11 @@ local function drop_hold(account, holds, deadlines, rid)
     return nil
   end
   local amount, used = parse_hold(text)
-  redis.call('HDEL', holds, rid)
   redis.call('ZREM', deadlines, rid)
-  redis.call('HINCRBY', account, 'h', int(-amount))
+  redis.call('HDEL', holds, rid)
+  if redis.call('HINCRBY', account, 'h', int(-amount)) < 0 then
+    redis.call('HDEL', account, 'h')  -- the account was lost and not installed since: there was no sum to take it from
+  end
   return amount, used
 end
 

@@ -17,20 +17,25 @@ if charge > 0 and redis.call('HEXISTS', account, 'p') == 0 then
   return 'MISS'
 end
 
+-- Money first: should a counter fail (a key of a foreign type), what is owed is written and a repeat finds it done.
 local now = clock(account)
 drop_hold(account, holds, deadlines, rid)
+if charge > 0 or swept then
+  -- What is given back beyond the sweeper's charge is spendable once PostgreSQL has it: until then it might be seen twice,
+  -- in a balance that was read after the posting and here.
+  local delta = math.max(0, charge - (swept or 0))
+  redis.call('XADD', outbox, '*', 'r', rid, 'k', 'settle', 'a', int(charge), 'd', int(delta), 'm', ARGV[3])
+  if delta > 0 then
+    redis.call('HINCRBY', account, 'u', int(delta))
+    write_mirror(account, mirror, ARGV[4])
+  end
+end
+redis.call('SET', tombstone, 'settled:' .. int(charge), 'EX', TOMBSTONE_TTL_S)
 for d = 1, (#ARGV - 5) / 5 do
   local a = 5 * d + 1
   KINDS[ARGV[a]].settle(KEYS[6 + d], tonumber(ARGV[a + 1]), tonumber(ARGV[a + 2]), tonumber(ARGV[a + 3]),
     tonumber(ARGV[a + 4]), taken_at, now, rid)
 end
-if charge > 0 or swept then
-  local delta = charge - (swept or 0)
-  redis.call('XADD', outbox, '*', 'r', rid, 'k', 'settle', 'a', int(charge), 'd', int(delta), 'm', ARGV[3])
-  redis.call('HINCRBY', account, 'u', int(delta))
-  write_mirror(account, mirror, ARGV[4])
-end
-redis.call('SET', tombstone, 'settled:' .. int(charge), 'EX', TOMBSTONE_TTL_S)
 if redis.call('EXISTS', account) == 1 then
   refresh_ttl(account)
 end

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import asyncpg
 import structlog
 
-from gateway.errors import StoreUnavailable
+from gateway.errors import StoreRefused, StoreUnavailable
 
 #: A row by column name. Quoted types are generic for the type checker only.
 Row: TypeAlias = asyncpg.Record
@@ -28,6 +28,8 @@ log = structlog.get_logger("gateway.postgres")
 
 #: UnicodeError: what asyncio raises for a host name that IDNA cannot encode.
 _FAILURES = (OSError, TimeoutError, UnicodeError, asyncpg.PostgresError, asyncpg.InterfaceError)
+#: The server is well and the values are at fault: the same call will fail again.
+_REFUSALS = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)
 
 
 class Postgres:
@@ -59,7 +61,8 @@ class Postgres:
             self._pool = None
 
     async def rows(self, sql: str, *args: Any, timeout_ms: int | None = None) -> list[Row]:
-        """All rows of one statement. Raises StoreUnavailable, whatever went wrong."""
+        """All rows of one statement. Raises StoreUnavailable, whatever went wrong; as StoreRefused when the server
+        will never take these values."""
         async with self._connection(timeout_ms) as connection:
             return await connection.fetch(sql, *args)
 
@@ -92,7 +95,8 @@ class Postgres:
             if self.trouble != reason:
                 log.warning("postgres failed", error=reason)
             self.trouble = reason
-            raise StoreUnavailable(detail=f"postgres: {reason}") from exc
+            refused = isinstance(exc, _REFUSALS)
+            raise (StoreRefused if refused else StoreUnavailable)(detail=f"postgres: {reason}") from exc
         if self.trouble is not None:
             log.info("postgres answers")
             self.trouble = None
@@ -112,10 +116,14 @@ class Postgres:
                 connection = await asyncpg.connect(self._url, timeout=RECONNECT_PAUSE_MAX_S, statement_cache_size=0)
                 for channel, handler in handlers.items():
                     await connection.add_listener(channel, _payload_to(handler))
+                ended = asyncio.Event()
+                connection.add_termination_listener(lambda *_, ended=ended: ended.set())
                 on_connect()
                 pause_s = RECONNECT_PAUSE_MIN_S
                 while True:
-                    await asyncio.sleep(LISTEN_PROBE_S)
+                    # One that is closed is noticed at once, one that only fell silent by asking.
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(ended.wait(), LISTEN_PROBE_S)
                     await connection.fetchval("SELECT 1", timeout=LISTEN_PROBE_S)
             except _FAILURES as exc:
                 log.warning("postgres notifications lost", error=f"{type(exc).__name__}: {exc}")

@@ -1,6 +1,7 @@
 """A ledger over real servers: migrated database, empty Redis, one org with a balance."""
 
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -46,11 +47,13 @@ def rules(lease_ms: int = 30_000) -> Rules:
     )
 
 
-@pytest.fixture
-async def house(redis_url: str, database_url: str) -> AsyncIterator[House]:
-    scripts = [Script(name, limits.script_text(name)) for name in (*limits.LOOPS, *limits.PLAIN)]
-    redis = Redis(redis_url, timeout_ms=1_000, connect_timeout_ms=1_000, scripts=scripts)
-    postgres = Postgres(database_url, timeout_ms=5_000, pool_max=4)
+def every_script() -> list[Script]:
+    return [Script(name, limits.script_text(name)) for name in (*limits.LOOPS, *limits.PLAIN)]
+
+
+@asynccontextmanager
+async def furnished(redis: Redis, postgres: Postgres) -> AsyncIterator[House]:
+    """A house around these stores, which it opens and closes."""
     redis.start()
     await postgres.open()
     await migrate(postgres)
@@ -63,8 +66,18 @@ async def house(redis_url: str, database_url: str) -> AsyncIterator[House]:
         load_balance=accounts.load,
         post=lambda entries: post(postgres, entries),
         mark_dirty=outbox.mark,
+        recheck=accounts.recheck,
     )
-    yield House(redis, postgres, accounts, outbox, sweeper, admission)
-    await accounts.close()
-    await redis.close()
-    await postgres.close()
+    try:
+        yield House(redis, postgres, accounts, outbox, sweeper, admission)
+    finally:
+        await accounts.close()
+        await redis.close()
+        await postgres.close()
+
+
+@pytest.fixture
+async def house(redis_url: str, database_url: str) -> AsyncIterator[House]:
+    redis = Redis(redis_url, timeout_ms=1_000, connect_timeout_ms=1_000, scripts=every_script())
+    async with furnished(redis, Postgres(database_url, timeout_ms=5_000, pool_max=4)) as house:
+        yield house
