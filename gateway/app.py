@@ -15,7 +15,7 @@ from prometheus_client import Gauge, generate_latest
 from starlette.applications import Starlette
 
 from gateway import __version__, admission, limits, session
-from gateway.admission import Admission
+from gateway.admission import Admission, Settling
 from gateway.config import RouteTable, Settings
 from gateway.downstream import Receive, Send
 from gateway.errors import ConfigError, StoreUnavailable
@@ -79,19 +79,18 @@ class Gateway:
             mirror_ttl_s=mirror_ttl_s,
             on_expiry=credits.on_expiry,
         )
+        rules = admission.Rules(
+            lease_ms=credits.lease_ms,
+            heartbeat_ms=credits.heartbeat_ms,
+            settle_timeout_ms=credits.settle_timeout_ms,
+            outbox_entries_max=credits.outbox_entries_max,
+            mirror_ttl_s=mirror_ttl_s,
+        )
+        self.settling = Settling(
+            self.redis, rules, post=lambda entries: post(self.postgres, entries), mark_dirty=self._outbox.mark
+        )
         self.admission = Admission(
-            self.redis,
-            admission.Rules(
-                lease_ms=credits.lease_ms,
-                heartbeat_ms=credits.heartbeat_ms,
-                settle_timeout_ms=credits.settle_timeout_ms,
-                outbox_entries_max=credits.outbox_entries_max,
-                mirror_ttl_s=mirror_ttl_s,
-            ),
-            load_balance=self._accounts.load,
-            post=lambda entries: post(self.postgres, entries),
-            mark_dirty=self._outbox.mark,
-            recheck=self._accounts.recheck,
+            self.redis, rules, self.settling, load_balance=self._accounts.load, recheck=self._accounts.recheck
         )
         self.upstreams = Upstreams(settings.upstreams)
         self.metrics = Metrics()
@@ -110,9 +109,7 @@ class Gateway:
         await self.postgres.open()
         self._identity = open_identity(
             settings.identity,
-            Powers(
-                load_key=key_loader(self.postgres), fetch=self._fetch, monotonic_ms=_monotonic_ms, wall_ms=_wall_ms
-            ),
+            Powers(load_key=key_loader(self.postgres), fetch=self._fetch, monotonic_ms=_monotonic_ms, wall_ms=_wall_ms),
         )
         self.postgres.listen(
             {"gateway_keys": self._identity.on_notification, "gateway_credits": self._accounts.on_notification},
@@ -213,7 +210,7 @@ class Gateway:
     def _watch_gauges(self) -> None:
         for name, help_text, read in (
             ("gateway_open_requests", "Requests that hold something now.", lambda: self.admission.open_count),
-            ("gateway_settle_backlog", "Settles no store could take yet.", lambda: self.admission.backlog_count),
+            ("gateway_settle_backlog", "Settles no store could take yet.", lambda: self.settling.backlog_count),
             ("gateway_outbox_posted", "Ledger entries posted by this process.", lambda: self._outbox.posted_count),
             ("gateway_holds_swept", "Holds of lost gateways ended.", lambda: self._sweeper.swept_count),
         ):

@@ -1,8 +1,8 @@
 """What the gateway can do right now, found out by asking, never remembered from boot.
 
-    ok        everything answers
-    degraded  requests of known orgs are served, something behind them is away (PostgreSQL, an upstream)
-    down      no request can be admitted (Redis is away)
+ok        everything answers
+degraded  requests of known orgs are served, something behind them is away (PostgreSQL, an upstream)
+down      no request can be admitted (Redis is away)
 """
 
 import asyncio

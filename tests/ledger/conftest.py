@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from gateway import limits
-from gateway.admission import Admission, Rules
+from gateway.admission import Admission, Rules, Settling
 from gateway.ledger import Accounts, Outbox, Sweeper, grant, migrate, post
 from gateway.stores import Postgres, Redis, Script
 from gateway.types import Principal
@@ -60,14 +60,8 @@ async def furnished(redis: Redis, postgres: Postgres) -> AsyncIterator[House]:
     accounts = Accounts(redis, postgres, mirror_ttl_s=3600, grants={"trial": 100}, provision=False)
     outbox = Outbox(redis, postgres, flush_ms=20, batch_max=500, mirror_ttl_s=3600)
     sweeper = Sweeper(redis, outbox.mark, sweep_ms=50, mirror_ttl_s=3600, on_expiry="checkpoint")
-    admission = Admission(
-        redis,
-        rules(),
-        load_balance=accounts.load,
-        post=lambda entries: post(postgres, entries),
-        mark_dirty=outbox.mark,
-        recheck=accounts.recheck,
-    )
+    settling = Settling(redis, rules(), post=lambda entries: post(postgres, entries), mark_dirty=outbox.mark)
+    admission = Admission(redis, rules(), settling, load_balance=accounts.load, recheck=accounts.recheck)
     try:
         yield House(redis, postgres, accounts, outbox, sweeper, admission)
     finally:

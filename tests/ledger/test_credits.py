@@ -157,11 +157,11 @@ async def test_a_settle_that_no_store_takes_is_kept_until_one_does(house: House)
         # The server refuses every write from here on, as a replica or one whose disk is full does.
         await house.redis.call("CONFIG", "SET", "min-replicas-to-write", "1")
     try:
-        assert house.admission.backlog_count == 1
+        assert house.admission.settling.backlog_count == 1
     finally:
         await house.redis.call("CONFIG", "SET", "min-replicas-to-write", "0")
     await house.admission.drain(5)
-    assert house.admission.backlog_count == 0
+    assert house.admission.settling.backlog_count == 0
     await house.outbox.flush()
     assert (await house.ledger())[-1] == ("r1", "settle", -CREDIT)
 

@@ -74,7 +74,7 @@ class FaultyHouse:
         self.postgres.fault = ""
         admission = self.house.admission
         await admission.drain(5)
-        assert (admission.open_count, admission.backlog_count, admission._ending) == (0, 0, 0), what
+        assert (admission.open_count, admission.settling.backlog_count, admission.settling._ending) == (0, 0, 0), what
         await self.flush()
         left = await self.redis.call("EXISTS", keys.holds(ORG), keys.deadlines(ORG), keys.outbox(ORG), SLOTS)
         assert left == 0, what
@@ -232,7 +232,7 @@ async def test_postgres_fails_at_any_statement(faulty: FaultyHouse, fault: str) 
             await faulty.evict()
             hold.charge = PAID
             faulty.postgres.fault = fault
-        assert faulty.house.admission.backlog_count == 1
+        assert faulty.house.admission.settling.backlog_count == 1
 
     for hold_id, step, charge in (("load", load, 0), ("flush", flush, CREDIT), ("miss", settle_that_misses, CREDIT)):
         await step()
@@ -263,13 +263,13 @@ async def test_a_settle_that_is_cut_off_by_its_bound_is_kept(faulty: FaultyHouse
     faulty.charged += CREDIT
     never: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
     admission = faulty.house.admission
-    admission._rules = type(admission._rules)(30_000, 10_000, 50, 1_000, 3600)
+    admission.settling._rules = type(admission._rules)(30_000, 10_000, 50, 1_000, 3600)
     async with admission.hold("r1", ASKER, DEMANDS, CREDIT) as hold:
         assert isinstance(hold, Hold)
         hold.charge = PAID
         faulty.redis.send = lambda *args: never  # type: ignore[method-assign]  # a server that says nothing
     del faulty.redis.send
-    assert admission.backlog_count == 1
+    assert admission.settling.backlog_count == 1
     await faulty.assert_at_rest("r1", {CREDIT}, "timeout")
 
 
@@ -280,7 +280,7 @@ async def test_the_retrying_task_and_the_drain_never_drop_each_others_settle(fau
     for number in range(count):
         hold = Hold(f"r{number}", ASKER, (), CREDIT, taken_at_ms=1, charge=PAID)
         hold.keys = account_keys(hold)
-        faulty.house.admission._keep(hold)
+        faulty.house.admission.settling.keep(hold)
     admission = faulty.house.admission
     async with asyncio.TaskGroup() as group:
         for _ in range(4):
@@ -303,9 +303,9 @@ async def test_one_settle_that_always_fails_does_not_hold_up_the_others(faulty: 
             assert isinstance(hold, Hold)
             hold.charge = PAID
             await refusing.enter_async_context(refusing_writes(house.redis))
-    assert house.admission.backlog_count == 2
-    await house.admission._work_off_backlog()
-    assert house.admission.backlog_count == 1
+    assert house.admission.settling.backlog_count == 2
+    await house.admission.settling.work_off()
+    assert house.admission.settling.backlog_count == 1
     await house.outbox.flush()
     assert (await house.ledger())[-1] == ("r1", "settle", -CREDIT)
 
@@ -325,7 +325,7 @@ async def test_settles_that_redis_does_not_take_before_the_end_are_in_the_ledger
             hold.charge = charge
             await refusing.enter_async_context(refusing_writes(faulty.redis))
         await admission.drain(0.05)
-    assert admission.backlog_count == 0
+    assert admission.settling.backlog_count == 0
 
     async def swept() -> int:
         return await faulty.house.sweeper.sweep()
@@ -441,7 +441,7 @@ async def test_a_walk_that_is_cancelled_in_any_wait(
                     met = await leaving(walk, visitor, wait)
                 else:
                     met = await Interrupted(walk, wait, times=2 if way.endswith("twice") else 1).run()
-                await until(lambda: not (admission.open_count or admission.backlog_count or admission._ending))
+                await until(lambda: not admission.open_count and admission.settling.idle)
                 await whole.settled()
                 record = records[-1]
                 outcomes.add(record.outcome)

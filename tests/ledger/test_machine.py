@@ -147,7 +147,7 @@ class Books(RuleBasedStateMachine):
     @rule(choice=st.integers(0, 9))
     def repeat_a_settle(self, choice: int) -> None:
         if (request := self._pick(choice, lambda found: found.charge is not None)) is not None:
-            self.stage.do(self.house.admission._give_back(request.hold))
+            self.stage.do(self.house.admission.settling.give_back(request.hold))
 
     @rule(choice=st.integers(0, 9))
     def repeat_an_admission(self, choice: int) -> None:
@@ -156,14 +156,14 @@ class Books(RuleBasedStateMachine):
     async def _repeat_an_admission(self, choice: int) -> None:
         if (request := self._pick(choice, lambda _: True)) is not None:
             verdict = (await self.house.admission._ask(request.hold))[0]
-            kept = request.hold.hold_id in self.house.admission._backlog
+            kept = request.hold.hold_id in self.house.admission.settling._backlog
             assert verdict in ((b"DUP", b"GONE") if request.charge is None or kept else (b"GONE",))
 
     # What the gateway does beside
 
     @rule()
     def retry(self) -> None:
-        self.stage.do(self.house.admission._work_off_backlog())
+        self.stage.do(self.house.admission.settling.work_off())
 
     @rule(choice=st.integers(0, 9), renewed=st.booleans())
     def lease_ends(self, choice: int, renewed: bool) -> None:

@@ -101,7 +101,7 @@ async def test_a_client_leaving_during_admission_gives_everything_back(house: Ho
                 await writer.drain()
                 await asyncio.sleep(0)
                 writer.transport.abort()
-        await until(lambda: gateway.gateway.admission.open_count == 0 and not gateway.gateway.admission.backlog_count)
+        await until(lambda: gateway.gateway.admission.open_count == 0 and gateway.gateway.settling.idle)
         await slot_is_free(house, gateway)
         async with house.client(gateway.address) as client:
             assert (await client.get("/echo")).status_code == 200
