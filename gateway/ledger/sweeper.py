@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import structlog
 
 from gateway import keys, limits
-from gateway.errors import StoreUnavailable
+from gateway.errors import StoreRefused, StoreUnavailable
 from gateway.stores import Redis, Script
 
 #: An org without holds, without outbox and without a request for so long leaves the list of active orgs.
@@ -65,15 +65,20 @@ class Sweeper:
 
     async def _sweep_some(self, orgs: Sequence[tuple[bytes, bytes]], now_ms: int) -> int:
         """One round trip tells what is to be done for all of `orgs`."""
-        found = await asyncio.gather(*(self._look_at(org.decode(), now_ms) for org, _ in orgs))
-        count = 0
-        for (org, score), (due, has_outbox, has_holds) in zip(orgs, found, strict=True):
-            org_id = org.decode()
-            count += await self._end_all(org_id, due, now_ms)
-            if has_outbox or due:
-                self._mark_dirty(org_id)
-            elif not has_holds and float(score) < now_ms - IDLE_AFTER_S * 1000:
-                await self._redis.run(self._forget, [keys.ACTIVE_ORGS], [org_id, score])
+        return sum(await asyncio.gather(*(self._sweep_org(org.decode(), score, now_ms) for org, score in orgs)))
+
+    async def _sweep_org(self, org_id: str, score: bytes, now_ms: int) -> int:
+        try:
+            due, has_outbox, has_holds = await self._look_at(org_id, now_ms)
+            count = await self._end_all(org_id, due, now_ms)
+        except StoreRefused as exc:
+            # Somebody else's value under our name: a matter for a person, and for this org alone.
+            log.error("an org cannot be swept", org=org_id, error=str(exc))
+            return 0
+        if has_outbox or due:
+            self._mark_dirty(org_id)
+        elif not has_holds and float(score) < now_ms - IDLE_AFTER_S * 1000:
+            await self._redis.run(self._forget, [keys.ACTIVE_ORGS], [org_id, score])
         return count
 
     async def _end_all(self, org_id: str, due: list[bytes], now_ms: int) -> int:

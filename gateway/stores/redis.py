@@ -20,7 +20,7 @@ import structlog
 from redis.asyncio.connection import parse_url
 from redis.exceptions import RedisError
 
-from gateway.errors import ConfigError, StoreUnavailable
+from gateway.errors import ConfigError, StoreRefused, StoreUnavailable
 from gateway.stores.link import Link, LinkLost, LinkTimeout
 
 #: What a reply can be: a status or bulk string, a number, nothing, or a list of these.
@@ -33,6 +33,9 @@ RECONNECT_PAUSE_MAX_S = 2.0
 DID_NOT_RUN = frozenset(
     "LOADING READONLY MASTERDOWN CLUSTERDOWN MOVED BUSY OOM MISCONF NOAUTH NOPERM NOREPLICAS".split()
 )
+
+#: Error replies that say the server is well and the key or the value is at fault.
+WILL_NOT_DO = frozenset(("WRONGTYPE", "ERR"))
 
 #: UnicodeError: what asyncio raises for a host name that IDNA cannot encode.
 CONNECT_FAILURES = (OSError, TimeoutError, UnicodeError, LinkLost, LinkTimeout, RedisError, hiredis.ReplyError)
@@ -151,8 +154,9 @@ class Redis:
         if self._refusing != kind:  # one line per change, not one per request
             self._refusing = kind
             log.error("redis refused", what=what, error=str(reply))
+        failure = StoreRefused if kind in WILL_NOT_DO else StoreUnavailable
         detail = f"redis {self.address}: {what}: {reply}"
-        raise StoreUnavailable(detail=detail, ambiguous=kind not in DID_NOT_RUN) from reply
+        raise failure(detail=detail, ambiguous=kind not in DID_NOT_RUN) from reply
 
     async def call(self, *args: bytes | str | int) -> Reply:
         """One command, one reply."""

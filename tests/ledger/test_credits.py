@@ -4,11 +4,14 @@ import asyncio
 
 import pytest
 
+from gateway import keys
 from gateway.admission import Hold
 from gateway.errors import StoreUnavailable
 from gateway.ledger import post
+from gateway.stores import Postgres
 from gateway.types import Charge, Entry, Refusal
 from tests.ledger.conftest import ASKER, ORG, House, rules
+from tests.waiting import until
 
 CREDIT = 1_000_000
 PAID = Charge(CREDIT, None, keep_requests=True, basis="exact")
@@ -181,3 +184,32 @@ async def test_an_unknown_org_receives_its_plans_credits_once_when_provisioned(h
     async with house.admission.hold("r2", asker, (), CREDIT) as verdict:
         assert isinstance(verdict, Hold)
         assert verdict.available_ucredits == 99 * CREDIT  # beside this hold of one
+
+
+async def test_a_foreign_key_of_one_org_stops_neither_sweep_nor_posting_of_the_others(house: House) -> None:
+    await house.credits(5)
+    house.admission._rules = rules(lease_ms=1)
+    hold = house.admission.hold("r1", ASKER, (), CREDIT)
+    await hold.__aenter__()
+    await house.redis.call("ZADD", keys.ACTIVE_ORGS, 1, "aaa-broken")
+    for key in (keys.outbox("aaa-broken"), keys.deadlines("aaa-broken")):
+        await house.redis.call("SET", key, "not ours")
+    house.outbox.mark("aaa-broken")
+    await until(house.sweeper.sweep)
+    await house.outbox.flush()
+    assert (await house.ledger())[-1] == ("r1", "orphan", -CREDIT)
+    await hold.__aexit__(None, None, None)
+
+
+async def test_what_postgres_did_not_take_is_posted_by_the_next_flush(house: House) -> None:
+    await house.credits(5)
+    await pay(house, "r1")
+    whole, house.outbox._postgres = (
+        house.outbox._postgres,
+        Postgres("postgresql://127.0.0.1:1/x", timeout_ms=50, pool_max=1),
+    )
+    with pytest.raises(StoreUnavailable):
+        await house.outbox.flush()
+    house.outbox._postgres = whole
+    assert await house.outbox.flush() == 1
+    assert (await house.ledger())[-1] == ("r1", "settle", -CREDIT)
