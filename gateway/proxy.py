@@ -40,6 +40,8 @@ from gateway.usage import READERS
 log = structlog.get_logger("gateway.proxy")
 
 SESSION_FIELD = frozenset((b"x-session-id",))
+#: The upstream is addressed by its own name, as virtual hosts and TLS want it; X-Forwarded-Host has the client's.
+HOST_FIELD = frozenset((b"host",))
 
 Body = bytes | AsyncIterable[bytes] | None
 
@@ -287,7 +289,7 @@ class Walk:
             added.append((b"x-user-id", principal.user_id.encode()))
         if self._session is not None:
             added += steps.sessions.headers(self._session, principal, facts)
-        strip = steps.identity.asserted_headers | steps.sessions.attached_names
+        strip = HOST_FIELD | steps.identity.asserted_headers | steps.sessions.attached_names
         if not route.forward_credential:
             strip |= identified.credential_headers
         return headers.to_upstream(facts.headers, strip=strip, add=added)

@@ -17,7 +17,7 @@ import redis.asyncio as redis_client
 import uvicorn
 
 from gateway import keys, server
-from gateway.app import App, create_app
+from gateway.app import App, Gateway, create_app
 from gateway.config import load
 from gateway.identity.api_key import new_key
 from gateway.ledger import grant, query
@@ -178,7 +178,8 @@ class Running:
     app: App
 
     @property
-    def gateway(self) -> Any:
+    def gateway(self) -> Gateway:
+        assert self.app._gateway is not None
         return self.app._gateway
 
 

@@ -117,3 +117,11 @@ async def test_upstream_errors_pass_untouched_and_cost_nothing(house: House) -> 
         assert "x-gateway" not in answer.text
         await house.settled()
     assert await house.charges() == []
+
+
+async def test_the_upstream_is_addressed_by_its_own_name(house: House) -> None:
+    house.price = 0
+    async with in_process(house) as gateway, house.client(gateway.address) as client:
+        seen = dict((await client.get("/echo", headers={"host": "ai.example"})).json()["headers"])
+    assert seen["host"] == house.upstream_url.removeprefix("http://")
+    assert seen["x-forwarded-host"] == "ai.example"

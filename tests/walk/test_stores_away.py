@@ -81,7 +81,7 @@ async def served_again(client: httpx.AsyncClient) -> None:
 
 async def nothing_is_left(house: House, gateway: Running) -> None:
     admission = gateway.gateway.admission
-    await until(lambda: admission.open_count == 0 and admission.backlog_count == 0)
+    await until(lambda: admission.open_count == 0 and admission.settling.idle)
     await house.settled()
     assert [key async for key in house.redis.scan_iter("*:l:parallel*")] == []
 
@@ -130,7 +130,7 @@ async def test_redis_that_stalls_is_a_quick_503_and_every_doubtful_admission_is_
         later = await timed(client)
         unavailable(later.answer)
         assert later.took_s < BOUND_S
-        assert gateway.gateway.admission.backlog_count >= 3
+        assert gateway.gateway.settling.backlog_count >= 3
         redis_relay.thaw()
         await until(lambda: gateway.gateway.redis.usable)
         await nothing_is_left(house, gateway)
@@ -162,7 +162,7 @@ async def test_redis_that_stalls_during_an_answer_neither_delays_nor_loses_it(ho
             go_on.set()
             await reader.readuntil(b"0\r\n\r\n")
             assert time.perf_counter() - started < BOUND_S
-            await until(lambda: gateway.gateway.admission.backlog_count == 1)
+            await until(lambda: gateway.gateway.settling.backlog_count == 1)
             assert await house.charges() == []
             redis_relay.thaw()
             await nothing_is_left(house, gateway)
