@@ -8,10 +8,11 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import structlog
-from prometheus_client import Gauge, generate_latest
+from prometheus_client import generate_latest
 from starlette.applications import Starlette
 
 from gateway import __version__, admission, limits, session
@@ -20,8 +21,9 @@ from gateway.config import RouteTable, Settings
 from gateway.downstream import Receive, Send
 from gateway.errors import ConfigError, StoreUnavailable
 from gateway.identity import Identity, Powers, open_identity
+from gateway.identity.api_key import CHANNEL as KEYS_CHANNEL
 from gateway.identity.api_key import key_loader
-from gateway.ledger import Accounts, Outbox, Sweeper, migrate, pending, post
+from gateway.ledger import CREDITS_CHANNEL, Accounts, Outbox, Sweeper, migrate, pending, post
 from gateway.ops import Health, Probe, ops_app
 from gateway.policy import PolicySet
 from gateway.proxy import Proxy, Steps
@@ -112,7 +114,7 @@ class Gateway:
             Powers(load_key=key_loader(self.postgres), fetch=self._fetch, monotonic_ms=_monotonic_ms, wall_ms=_wall_ms),
         )
         self.postgres.listen(
-            {"gateway_keys": self._identity.on_notification, "gateway_credits": self._accounts.on_notification},
+            {KEYS_CHANNEL: self._identity.on_notification, CREDITS_CHANNEL: self._accounts.on_notification},
             on_connect=self._announcements_may_be_missed,
         )
         for name, work in (
@@ -208,13 +210,20 @@ class Gateway:
         )
 
     def _watch_gauges(self) -> None:
-        for name, help_text, read in (
-            ("gateway_open_requests", "Requests that hold something now.", lambda: self.admission.open_count),
-            ("gateway_settle_backlog", "Settles no store could take yet.", lambda: self.settling.backlog_count),
-            ("gateway_outbox_posted", "Ledger entries posted by this process.", lambda: self._outbox.posted_count),
-            ("gateway_holds_swept", "Holds of lost gateways ended.", lambda: self._sweeper.swept_count),
-        ):
-            Gauge(name, help_text, registry=self.metrics.registry).set_function(read)
+        watch = self.metrics.watch
+        watch("gateway_open_requests", "Requests that hold something now.", lambda: self.admission.open_count)
+        watch("gateway_settle_backlog", "Settles no store could take yet.", lambda: self.settling.backlog_count)
+        watch("gateway_outbox_posted", "Ledger entries posted by this process.", lambda: self._outbox.posted_count)
+        watch("gateway_holds_swept", "Holds of lost gateways ended.", lambda: self._sweeper.swept_count)
+        text = "Connections to an upstream, and requests that wait for one."
+        for name in self._settings.upstreams:
+            for state in ("idle", "in_use", "waiting"):
+                read = partial(self._connections, name, state)
+                watch("gateway_upstream_connections", text, read, upstream=name, state=state)
+
+    def _connections(self, upstream: str, state: str) -> int:
+        count: int = getattr(self.upstreams.stats()[upstream], state)
+        return count
 
 
 class App:

@@ -61,10 +61,6 @@ class Sessions:
         """The field a client names its session with, beside those every gateway attaches: never forwarded as sent."""
         return frozenset((self._rules.header,))
 
-    @property
-    def scripts(self) -> tuple[Script, ...]:
-        return (self._save,)
-
     def name(self, facts: Facts, fresh_id: str) -> Named | None:
         """The id the client sent, or a new one made of `fresh_id`; None when there is none and none is minted.
         Raises BadRequest for an id that is not one: it is never silently replaced."""

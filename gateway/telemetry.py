@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 import msgspec
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 #: Access lines are written together, at most this much later.
 FLUSH_S = 0.05
@@ -70,6 +70,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._gauges: dict[str, Gauge] = {}
         self.requests = Counter(
             "gateway_requests",
             "Requests answered, by route, status and decision (admitted, or the refusal's code).",
@@ -98,6 +99,13 @@ class Metrics:
         self._outcomes = cache(self.outcomes.labels)
         self._charged = cache(self.charged.labels)
         self._tokens = cache(self.tokens.labels)
+
+    def watch(self, name: str, help_text: str, read: Callable[[], int], **labels: str) -> None:
+        """Each scrape asks `read`. The same name may be watched once for each set of label values."""
+        gauge = self._gauges.get(name)
+        if gauge is None:
+            gauge = self._gauges[name] = Gauge(name, help_text, tuple(labels), registry=self.registry)
+        (gauge.labels(**labels) if labels else gauge).set_function(read)
 
     def observe(self, record: Record) -> None:
         self._requests(record.route or "none", record.status, record.decision).inc()

@@ -23,6 +23,9 @@ REFRESH_RETRY_S = 0.5
 RECHECK_S = 5.0
 RECHECKS_MAX = 10_000
 
+#: Channel on which the database announces the org whose balance somebody changed.
+CREDITS_CHANNEL = "gateway_credits"
+
 log = structlog.get_logger("gateway.ledger")
 
 

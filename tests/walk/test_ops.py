@@ -213,6 +213,7 @@ async def test_metrics_count_what_was_sent(house: House) -> None:
         ("gateway_open_requests", ()): 0,
         ("gateway_settle_backlog", ()): 0,
         ("gateway_outbox_posted", ()): 3,
+        ("gateway_upstream_connections", labelled(upstream="ai_router", state="in_use")): 0,
     }.items():
         assert counted[name, labels] == value, (name, labels)
     assert "passwd" not in answer.text and house.org_id not in answer.text
