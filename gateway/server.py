@@ -169,7 +169,10 @@ def bind(host: str, port: int) -> socket.socket:
         listener.listen(BACKLOG)
     except OSError as exc:
         listener.close()
-        raise ConfigError([f"cannot listen on {host}:{port}: {exc.strerror or exc}"]) from exc
+        reason = exc.strerror or str(exc)
+        raise ConfigError(
+            [f"cannot listen on {host}:{port}: {reason} (`listen`, or GATEWAY_PORT, names another)"]
+        ) from exc
     listener.setblocking(False)
     return listener
 

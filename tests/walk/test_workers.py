@@ -6,7 +6,10 @@ from collections import Counter
 from pathlib import Path
 
 import httpx
+import pytest
 
+from gateway import server
+from gateway.errors import ConfigError
 from tests.waiting import until
 from tests.walk.house import CREDIT, House, Process
 from tests.walk.test_money import storm
@@ -50,3 +53,11 @@ async def test_workers_do_not_outlive_a_killed_parent(house: House) -> None:
         workers = children(gateway.process.pid)
         await gateway.end(signal.SIGKILL)
         await until(lambda: [worker for worker in workers if Path(f"/proc/{worker}").exists()] == [])
+
+
+def test_a_port_that_is_taken_is_named_with_the_way_out() -> None:
+    taken = server.bind("127.0.0.1", 0)
+    port = taken.getsockname()[1]
+    with pytest.raises(ConfigError, match=rf"127.0.0.1:{port}: Address already in use .*GATEWAY_PORT"):
+        server.bind("127.0.0.1", port)
+    taken.close()
