@@ -188,7 +188,7 @@ async def test_leaving_the_block_early_closes_the_connection(server: Server, ups
     async with upstreams.forward("ai", "GET", b"/", HEADERS, None) as answer:
         assert await anext(answer.chunks) == b"part"
     assert in_use(upstreams) == 0
-    await asyncio.wait_for(gone.wait(), 0.1)
+    await asyncio.wait_for(gone.wait(), 2)
 
 
 async def _dies_when_reused(peer: Peer) -> None:
