@@ -204,20 +204,22 @@ class Walk:
     async def _forward(self, route: Route, identified: Identified, hold: Hold, body: Body, peek: Peek | None) -> None:
         """The answer has been relayed as far as both sides were there, and `hold.charge` says what it costs."""
         record = self._record
-        # Until an answer begins nothing was delivered: a 502 or 504 of ours costs the client nothing.
-        outcome, meter = Outcome.UPSTREAM_REFUSED, None
+        # Until an answer begins nothing was delivered: a 502 or 504 of ours costs the client nothing. Nor does an
+        # upstream's own error, however far it came.
+        outcome, meter, refused = Outcome.UPSTREAM_REFUSED, None, False
         forwarding = self._steps.upstreams.forward(
             route.upstream, self._facts.method, self._facts.target, self._outbound(route, identified), body
         )
         try:
             async with forwarding as answer:
                 record.phase("first_byte")
-                outcome = Outcome.UPSTREAM_BROKE
+                refused = answer.status >= 400
+                outcome = Outcome.UPSTREAM_REFUSED if refused else Outcome.UPSTREAM_BROKE
                 meter = self._meter(route, answer, peek)
                 await self._relay(answer, meter)
-            outcome = Outcome.UPSTREAM_REFUSED if answer.status >= 400 else Outcome.COMPLETE
+            outcome = Outcome.UPSTREAM_REFUSED if refused else Outcome.COMPLETE
         except (asyncio.CancelledError, ClientLeft):
-            outcome = Outcome.CLIENT_LEFT
+            outcome = Outcome.UPSTREAM_REFUSED if refused else Outcome.CLIENT_LEFT
             raise
         finally:
             self._settle(hold, outcome if forwarding.reached else Outcome.NEVER_REACHED, meter, peek)

@@ -127,8 +127,7 @@ async def test_the_hold_of_a_dead_gateway_ends_and_is_charged_once(house: House)
     context = house.admission.hold("r1", ASKER, (), CREDIT)
     hold = await context.__aenter__()
     assert isinstance(hold, Hold)
-    while not await house.sweeper.sweep():
-        await asyncio.sleep(0.01)
+    await until(house.sweeper.sweep)
     await house.outbox.flush()
     assert (await house.ledger())[-1] == ("r1", "orphan", -CREDIT)
     # Its gateway was only stalled: the settle that comes late books the difference, which is nothing.

@@ -128,6 +128,29 @@ async def test_an_upstream_that_breaks_mid_stream_cuts_the_client_and_charges(ho
     assert await house.charges() == [("settle", CREDIT)]
 
 
+@pytest.mark.parametrize("who", ["the client leaves", "the upstream breaks"])
+async def test_an_upstream_error_that_is_cut_short_costs_nothing(house: House, who: str) -> None:
+    async def failing(visit: Visit) -> None:
+        await visit.read_head()
+        await visit.send(b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 100\r\n\r\nsorry")
+        if who == "the client leaves":
+            await visit.until_closed()
+
+    await house.credits(5)
+    async with raw.upstream(failing) as upstream:
+        house.upstream_url = upstream.url
+        async with in_process(house) as gateway:
+            async with raw.connection(gateway.address) as (reader, writer):
+                writer.write(raw.request(house.secret))
+                await reader.readuntil(b"sorry")
+                if who == "the upstream breaks":
+                    await reader.read()
+            await until(lambda: gateway.gateway.admission.open_count == 0 and gateway.gateway.settling.idle)
+            await house.settled()
+    assert await house.charges() == []
+    assert await house.balance() == 5 * CREDIT
+
+
 async def test_events_arrive_one_by_one(house: House) -> None:
     """Each event is with the client before the upstream says the next: nothing is buffered on the way."""
     heard: asyncio.Queue[bytes] = asyncio.Queue()
