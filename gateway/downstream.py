@@ -58,7 +58,7 @@ class Client:
         if body is None:
             return b"".join([chunk async for chunk in self.body(body_bytes_max)])
         if len(body) > body_bytes_max:
-            raise _too_large(body_bytes_max)
+            raise too_large(body_bytes_max)
         return body
 
     async def body(self, body_bytes_max: int) -> AsyncIterator[bytes]:
@@ -71,7 +71,7 @@ class Client:
                 self._room.set()
                 total_bytes += len(chunk)
                 if total_bytes > body_bytes_max:
-                    raise _too_large(body_bytes_max)
+                    raise too_large(body_bytes_max)
                 yield chunk
             if self._body_complete:
                 return
@@ -191,7 +191,7 @@ class Patience:
             client.give_up()
 
 
-def _too_large(body_bytes_max: int) -> BodyTooLarge:
+def too_large(body_bytes_max: int) -> BodyTooLarge:
     return BodyTooLarge(f"The request body is larger than the {body_bytes_max} bytes this route allows.")
 
 

@@ -18,15 +18,8 @@ from gateway import charge, headers, keys, policy
 from gateway.admission import Admission, Hold
 from gateway.config import MethodMismatch, Route, RouteTable
 from gateway.dialects import DIALECTS
-from gateway.downstream import Client, Patience, Receive, Send, fresh_id, read_facts
-from gateway.errors import (
-    BadRequest,
-    BodyTooLarge,
-    ClientLeft,
-    GatewayError,
-    MethodNotAllowed,
-    UnknownRoute,
-)
+from gateway.downstream import Client, Patience, Receive, Send, fresh_id, read_facts, too_large
+from gateway.errors import BadRequest, ClientLeft, GatewayError, MethodNotAllowed, UnknownRoute
 from gateway.headers import Network
 from gateway.identity import Identified, Identity
 from gateway.meter import Meter, unanswered
@@ -159,10 +152,9 @@ class Walk:
         route = self._steps.routes.match(self._facts.method, self._facts.path)
         if route is None:
             raise UnknownRoute
-        if isinstance(route, MethodMismatch):
-            self._dialect = DIALECTS[route.dialect]
-            raise MethodNotAllowed(allow=route.allowed)
         self._dialect = DIALECTS[route.dialect]
+        if isinstance(route, MethodMismatch):
+            raise MethodNotAllowed(allow=route.allowed)
         self._record.route = route.name
         return route
 
@@ -177,7 +169,7 @@ class Walk:
         facts = self._facts
         length = facts.header(b"content-length")
         if length is not None and length.isdigit() and int(length) > route.body_bytes_max:
-            raise BodyTooLarge(f"The request body is larger than the {route.body_bytes_max} bytes this route allows.")
+            raise too_large(route.body_bytes_max)
         format = READERS.get(route.usage or "none")
         if format is not None and policy.needs_peek(rules):
             body = await self._client.whole_body(route.body_bytes_max)
@@ -188,7 +180,7 @@ class Walk:
         if arrived is None:
             return self._client.body(route.body_bytes_max), None if format is None else Peek(int(length or 0))
         if len(arrived) > route.body_bytes_max:
-            raise BodyTooLarge(f"The request body is larger than the {route.body_bytes_max} bytes this route allows.")
+            raise too_large(route.body_bytes_max)
         if format is None:
             return arrived, None
         try:
