@@ -5,7 +5,7 @@
     upstream refused   released            released               kept             released
     complete, known    price               exact                  kept             exact
     complete, unknown  price               the estimate           kept             estimated; exact if none held
-    broke / left       price               delivered so far       kept             under_estimate
+    broke / left / cut price               delivered so far       kept             under_estimate
 
 `upstream refused` is an answer of 400 or above, or none at all (our own 502 or 504): nothing was delivered, nothing is
 owed, and a client library that tries again is not charged for each try.
@@ -36,7 +36,7 @@ def settle(outcome: Outcome, usage: Usage | None, price_ucredits: int, token_est
             return Charge(0, 0, keep_requests=True, basis="released")
         case Outcome.COMPLETE:
             return _complete(usage, price_ucredits, token_estimate)
-        case Outcome.UPSTREAM_BROKE | Outcome.CLIENT_LEFT:
+        case Outcome.UPSTREAM_BROKE | Outcome.CLIENT_LEFT | Outcome.CUT:
             return _cut_short(usage, price_ucredits)
         case _:
             assert_never(outcome)

@@ -3,6 +3,7 @@
 GatewayError
 ├── ConfigError             the configuration cannot be used; lists every mistake with file and line
 ├── BadRequest              400  the request cannot be understood where it must be
+│   ├── AmbiguousPath       400  other servers may read the path as one that another route serves
 │   ├── BodyTooLarge        413
 │   └── RequestTimeout      408
 ├── Unauthenticated         401
@@ -11,6 +12,8 @@ GatewayError
 ├── StoreUnavailable        503  Redis or PostgreSQL did not answer in time
 │   ├── StoreRefused        503  it did answer: what it was given can never be stored
 │   └── UnknownBalance      503  the org's balance is not cached and PostgreSQL cannot be asked
+├── ShuttingDown            503  the gateway ends before the request did
+├── UpstreamBusy            503  all its connections are in use and the queue is full, or was too slow
 ├── UpstreamUnreachable     502  no connection: the upstream never saw the request
 │   └── UpstreamConnectTimeout 504
 ├── UpstreamBroke           502  the connection broke after the request was sent
@@ -60,6 +63,12 @@ class BadRequest(GatewayError):
 
     code = "bad_request"
     status = 400
+
+
+class AmbiguousPath(BadRequest):
+    """This path can be read in more than one way; write it without dots, doubled slashes or needless escapes."""
+
+    code = "ambiguous_path"
 
 
 class BodyTooLarge(BadRequest):
@@ -132,6 +141,25 @@ class UnknownBalance(StoreUnavailable):
 
     code = "credits_unavailable"
     retry_after_s = 2
+
+
+class ShuttingDown(GatewayError):
+    """This gateway is shutting down; try again."""
+
+    code = "shutting_down"
+    status = 503
+    retry_after_s = 1
+    should_retry = True
+
+
+class UpstreamBusy(GatewayError):
+    """The upstream has as many requests as it may have at once; try again shortly."""
+
+    code = "upstream_busy"
+    status = 503
+    retry_after_s = 1
+    should_retry = True
+    reached = False
 
 
 class UpstreamUnreachable(GatewayError):

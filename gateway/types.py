@@ -37,11 +37,14 @@ class Facts:
     path: str
     #: Raw path and query as received: what is forwarded.
     target: bytes
+    #: Names in lower case.
     headers: HeaderList
     #: The client's address: the socket peer, or what a trusted proxy says of it.
     client_ip: str
     #: The socket peer itself, which no header can change; empty when there is none (a Unix socket).
     peer_ip: str
+    #: `headers` with their names as they stood on the wire, field for field; empty when nobody kept them.
+    fields: HeaderList = ()
 
     def header(self, name: bytes) -> str | None:
         """First value of the field `name` (lower case), decoded as latin-1; None when absent."""
@@ -118,6 +121,8 @@ class Outcome(StrEnum):
     COMPLETE = "complete"
     UPSTREAM_BROKE = "upstream_broke"
     CLIENT_LEFT = "client_left"
+    #: The gateway itself ended it: it was shutting down, or the answer broke a bound.
+    CUT = "cut"
 
 
 @dataclass(frozen=True, slots=True)

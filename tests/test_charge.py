@@ -37,6 +37,9 @@ TABLE = [
     (Outcome.CLIENT_LEFT, None, charged(None, "under_estimate")),
     (Outcome.CLIENT_LEFT, EXACT, charged(42, "exact")),
     (Outcome.CLIENT_LEFT, SO_FAR, charged(35, "under_estimate")),
+    (Outcome.CUT, None, charged(None, "under_estimate")),
+    (Outcome.CUT, EXACT, charged(42, "exact")),
+    (Outcome.CUT, SO_FAR, charged(35, "under_estimate")),
 ]
 
 

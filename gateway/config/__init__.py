@@ -12,11 +12,12 @@ from gateway.config.models import (
     Route,
     Settings,
     TrustedHeaderSource,
+    WebSocket,
 )
 from gateway.config.policies import Limit, Policy, Price, Tokens
 from gateway.config.routes import MethodMismatch, RouteTable
 from gateway.config.schema import json_schema
-from gateway.config.sections import Credits, Listen, Log, Sessions, Stores, Timeouts, Upstream
+from gateway.config.sections import Credits, Ejection, HealthCheck, Listen, Log, Sessions, Stores, Timeouts, Upstream
 from gateway.config.values import format_duration, format_size, parse_duration, parse_size
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "Credits",
     "EffectiveLimit",
     "EffectiveRow",
+    "Ejection",
+    "HealthCheck",
     "IdentitySource",
     "JwtKey",
     "JwtSource",
@@ -45,6 +48,7 @@ __all__ = [
     "Tokens",
     "TrustedHeaderSource",
     "Upstream",
+    "WebSocket",
     "effective",
     "format_duration",
     "format_size",

@@ -159,6 +159,19 @@ def _none_is_none(value: object) -> object:
     return None if value == "none" else value
 
 
+class WebSocket(Section):
+    """What a WebSocket on a route may do."""
+
+    #: Silence in both directions, pings included.
+    idle_ms: Annotated[int, duration("1s", "24h")] = Field(default=300_000, alias="idle")
+    lifetime_ms: Annotated[int, duration("1s", "30d")] = Field(default=86_400_000, alias="lifetime")
+    message_bytes_max: Annotated[int, size("1B", "1GiB")] = 16 << 20
+    #: true: every message of the client is admitted on its own and costs the policy's `price.per_message`.
+    count_messages: Flag = False
+    #: For the closing handshake, once the gateway has begun it.
+    close_timeout_ms: Annotated[int, duration("100ms", "1m")] = Field(default=5_000, alias="close_timeout")
+
+
 class Route(Section):
     """Which requests go where. `path` is exact, or a prefix when it ends in `/*`; no `method` means all."""
 
@@ -177,7 +190,17 @@ class Route(Section):
         BeforeValidator(_none_is_none, json_schema_input_type=Literal["openai_chat", "none"] | None),
     ] = None
     forward_credential: Flag = False
-    body_bytes_max: Annotated[int, size("1B", "1GiB")] = 10 << 20
+    body_bytes_max: Annotated[int, size("1B", "1TiB")] = 10 << 20
+    #: Which failures are tried again: connecting alone; also connections that broke before any answer, which may have
+    #: been acted on (`idempotent`: the upstream takes a repetition for one); or nothing.
+    retry: Literal["connect", "idempotent", "never"] = "connect"
+    #: A client that leaves ends its request at once, or lets it finish within the two bounds so that it is charged in
+    #: full for what it really used.
+    on_disconnect: Literal["abort", "drain"] = "abort"
+    drain_timeout_ms: Annotated[int, duration("100ms", "1h")] = Field(default=30_000, alias="drain_timeout")
+    drain_bytes_max: Annotated[int, size("1KiB", "1GiB")] = 1 << 20
+    #: None: a WebSocket handshake is refused here.
+    websocket: WebSocket | None = None
 
     def mistakes(self) -> list[rules.Mistake]:
         return rules.route_path(self.path)

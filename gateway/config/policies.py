@@ -29,6 +29,8 @@ class Price(Section):
     """What a request costs, in whole credits."""
 
     per_request: Annotated[int, whole(0, rules.CREDITS_MAX)] = 0
+    #: Each message of the client on a WebSocket route with `count_messages`; the connection itself costs per_request.
+    per_message: Annotated[int, whole(0, rules.CREDITS_MAX)] = 0
 
 
 class Tokens(Section):

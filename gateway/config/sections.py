@@ -58,6 +58,12 @@ class Listen(Section):
     drain_timeout_ms: Annotated[int, duration("0s", "1h")] = Field(default=30_000, alias="drain_timeout")
     #: How long a client may neither send nor take a byte that the gateway waits for.
     client_idle_ms: Annotated[int, duration("100ms", "24h")] = Field(default=60_000, alias="client_idle")
+    #: From a request's head to the last byte of its body, however steadily it drips.
+    body_timeout_ms: Annotated[int, duration("100ms", "24h")] = Field(default=300_000, alias="body_timeout")
+    #: Clients connected at once, per process; more are answered 503.
+    connections_max: Annotated[int, whole(1, 1_000_000)] = 10_000
+    #: The name in `Via` (RFC 9110 §7.6.3) both ways; None adds no such field.
+    via: Annotated[str | None, BeforeValidator(empty_is_none)] = None
     #: Peers whose X-Forwarded-For and X-Request-Id are believed.
     trusted_proxies: tuple[NetworkText, ...] = ()
 
@@ -85,16 +91,49 @@ class Timeouts(Section):
     write_ms: Annotated[int, duration("1ms", "24h")] = Field(default=60_000, alias="write")
 
 
+class Ejection(Section):
+    """When a target that cannot be connected to is left alone, and for how long."""
+
+    #: Connections that failed in a row.
+    failures: Annotated[int, whole(1, 1_000)] = 3
+    #: The first pause; each further failure doubles it, up to backoff_max.
+    backoff_ms: Annotated[int, duration("10ms", "1h")] = Field(default=1_000, alias="backoff")
+    backoff_max_ms: Annotated[int, duration("10ms", "1h")] = Field(default=30_000, alias="backoff_max")
+
+
+class HealthCheck(Section):
+    """A request that each target must answer with 2xx to be given others."""
+
+    path: Text
+    interval_ms: Annotated[int, duration("100ms", "1h")] = Field(default=5_000, alias="interval")
+    timeout_ms: Annotated[int, duration("10ms", "1m")] = Field(default=1_000, alias="timeout")
+    #: Checks that failed in a row before a target is left alone; one that succeeds brings it back.
+    failures: Annotated[int, whole(1, 1_000)] = 2
+
+
 class Upstream(Section):
     """A service requests are forwarded to."""
 
     targets: tuple[Target, ...] = Field(min_length=1, max_length=64)
     timeouts: Timeouts = Field(default_factory=Timeouts)
+    #: What the upstream sees as Host: its own name from the target's URL, or the one that the client used.
+    host: Literal["target", "client"] = "target"
+    #: To each target, per process.
     connections_max: Annotated[int, whole(1, 65_535)] = 256
+    #: In flight to all targets, per process; None: as many as there may be connections.
+    requests_max: Annotated[int, whole(1, 1_000_000)] | None = None
+    #: Waiting beyond requests_max; more are answered 503.
+    queue_max: Annotated[int, whole(0, 1_000_000)] = 1_024
+    queue_timeout_ms: Annotated[int, duration("0s", "10m")] = Field(default=2_000, alias="queue_timeout")
+    ejection: Ejection = Field(default_factory=Ejection)
+    health_check: HealthCheck | None = None
     #: Idle connections are closed after this; shorter than the upstream's own limit (Node closes after 5 s).
     keepalive_ms: Annotated[int, duration("0s", "1h")] = Field(default=4_000, alias="keepalive")
     tls_verify: Flag = True
     ca_file: OptionalFile = None
+    #: PEM files with which the gateway proves who it is: a certificate (chain), and its key if that is elsewhere.
+    client_cert_file: OptionalFile = None
+    client_key_file: OptionalFile = None
 
 
 class Sessions(Section):

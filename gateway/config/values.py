@@ -22,6 +22,7 @@ SIZE_UNITS_BYTES = {
     "KiB": 1 << 10,
     "MiB": 1 << 20,
     "GiB": 1 << 30,
+    "TiB": 1 << 40,
 }
 DURATION_FORMS = "250ms, 2s, 1m, 24h or 30d"
 SIZE_FORMS = "512B, 64KiB, 2MiB or 10MB"
@@ -34,7 +35,7 @@ _DURATION_WORDS = {
     **dict.fromkeys(("hr", "hrs", "hour", "hours"), "h"),
     **dict.fromkeys(("day", "days"), "d"),
 }
-_SIZE_WORDS = {"byte": "B", "bytes": "B", "k": "KiB", "m": "MiB", "g": "GiB"}
+_SIZE_WORDS = {"byte": "B", "bytes": "B", "k": "KiB", "m": "MiB", "g": "GiB", "t": "TiB"}
 _QUANTITY = re.compile(r"([0-9]{1,15})\s*([A-Za-z]*)", re.ASCII)
 _DIGITS = re.compile(r"[-+]?[0-9]{1,18}", re.ASCII)
 #: What an editor lets through in place of any scalar.
@@ -147,7 +148,7 @@ def duration(low: str, high: str) -> BeforeValidator:
 
 def size(low: str, high: str) -> BeforeValidator:
     """Marks an int of bytes that YAML writes with a unit, between `low` and `high`."""
-    form = Annotated[str, Field(pattern=r"^[0-9]+(B|KB|MB|GB|KiB|MiB|GiB)$|" + FROM_ENV_PATTERN)]
+    form = Annotated[str, Field(pattern=r"^[0-9]+(B|KB|MB|GB|KiB|MiB|GiB|TiB)$|" + FROM_ENV_PATTERN)]
     return BeforeValidator(SizeReader(parse_size(low), parse_size(high)), json_schema_input_type=form)
 
 

@@ -7,24 +7,16 @@ request is refused or where it is forwarded.
 """
 
 import asyncio
-import os
-import re
-import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
-from gateway import headers
 from gateway.errors import BodyTooLarge, ClientLeft, RequestTimeout
-from gateway.headers import Network
-from gateway.types import Facts, HeaderList
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 #: Body bytes taken from the client ahead of whoever reads them.
 HIGH_WATER_BYTES = 256 * 1024
 
@@ -193,34 +185,3 @@ class Patience:
 
 def too_large(body_bytes_max: int) -> BodyTooLarge:
     return BodyTooLarge(f"The request body is larger than the {body_bytes_max} bytes this route allows.")
-
-
-def read_facts(scope: Mapping[str, Any], fresh_id: str, trusted_proxies: Sequence[Network]) -> Facts:
-    """What the request's head says. The request id is the client's only where a trusted proxy vouches for it."""
-    fields: HeaderList = tuple(scope["headers"])
-    peer = scope.get("client")
-    peer_ip = peer[0] if peer else ""
-    query = scope["query_string"]
-    path: bytes = scope["raw_path"]
-    facts = Facts(
-        request_id=fresh_id,
-        method=scope["method"],
-        path=scope["path"],
-        target=path + b"?" + query if query else path,
-        headers=fields,
-        client_ip=headers.client_ip(peer_ip, fields, trusted_proxies),
-        peer_ip=peer_ip,
-    )
-    if headers.is_trusted(peer_ip, trusted_proxies):
-        given = facts.header(b"x-request-id")
-        if given is not None and REQUEST_ID.fullmatch(given):
-            return replace(facts, request_id=given)
-    return facts
-
-
-def fresh_id() -> str:
-    """A UUIDv7 (RFC 9562 §5.7) as 32 hex digits: unique, and ordered by time in logs and indexes."""
-    random_bits = int.from_bytes(os.urandom(10), "big")
-    high = (time.time_ns() // 1_000_000) << 16 | 0x7000 | random_bits >> 68
-    low = 0b10 << 62 | random_bits & (1 << 62) - 1
-    return f"{high << 64 | low:032x}"

@@ -1,0 +1,1 @@
+"""Room: a WebSocket between its two ends, once both have agreed to it."""
