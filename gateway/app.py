@@ -137,6 +137,7 @@ class Gateway:
                 access_log=self._access_log,
                 trusted_proxies=settings.listen.trusted_proxies,
                 client_idle_ms=settings.listen.client_idle_ms,
+                via=settings.listen.via,
             )
         )
 
@@ -251,6 +252,11 @@ class App:
         """From now on `/-/ready` says no."""
         if self._gateway is not None:
             self._gateway.health.draining = True
+
+    def end_open(self) -> None:
+        """Every open request ends now, is told so where it still can be, and is settled."""
+        if self._proxy is not None:
+            self._proxy.end_all()
 
     @asynccontextmanager
     async def _run(self, _: Starlette) -> AsyncIterator[None]:

@@ -1,8 +1,8 @@
 """Listening: uvicorn around the application, one process or several behind one socket, and the way it all ends.
 
 SIGTERM/SIGINT → `/-/ready` says no → after `grace` nothing new is accepted → open requests finish, at most
-`drain_timeout` → what still runs is cancelled, which settles it → stores are flushed and closed.
-A second signal skips the waiting, not the settling.
+`drain_timeout` → what still runs is ended, in its dialect where that can still be said, and settled → stores are
+flushed and closed. A second signal skips the waiting, not the settling.
 """
 
 import asyncio
@@ -30,6 +30,8 @@ KEEP_ALIVE_S = 75
 #: A head that is not complete after so many bytes is refused; what one read brings may come on top.
 HEAD_BYTES_MAX = 65_536
 WORKER_POLL_S = 0.2
+#: How often open requests are ended once the time to drain is over.
+END_AGAIN_S = 0.1
 #: A worker that died is replaced, at most this often.
 RESPAWN_PAUSE_S = 1.0
 
@@ -108,11 +110,13 @@ class Server(uvicorn.Server):
                 server_header=False,
                 date_header=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=max(1, listen.drain_timeout_ms // 1000),
+                # Requests that were ended get as long as settling may take; then uvicorn cancels what is left.
+                timeout_graceful_shutdown=(listen.drain_timeout_ms + settings.credits.settle_timeout_ms) // 1000 + 2,
             )
         )
         self._app = app
         self._grace_s = listen.grace_ms / 1000
+        self._drain_s = listen.drain_timeout_ms / 1000
         self._on_started = on_started
         self._loop = asyncio.get_running_loop()
         self._signals = 0
@@ -124,14 +128,24 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._signals += 1
-        if self._signals == 1:
-            self._app.begin_drain()
-            self._loop.call_soon_threadsafe(self._loop.call_later, self._grace_s, self._stop)
-        else:
-            self.should_exit = self.force_exit = True
+        match self._signals:
+            case 1:
+                self._app.begin_drain()
+                self._loop.call_soon_threadsafe(self._loop.call_later, self._grace_s, self._stop)
+            case 2:
+                self.should_exit = True
+                self._loop.call_soon_threadsafe(self._end_open)
+            case _:
+                self.force_exit = True
 
     def _stop(self) -> None:
         self.should_exit = True
+        self._loop.call_later(self._drain_s, self._end_open)
+
+    def _end_open(self) -> None:
+        """Again and again, because a connection may have brought one more request just before it was told to stop."""
+        self._app.end_open()
+        self._loop.call_later(END_AGAIN_S, self._end_open)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)

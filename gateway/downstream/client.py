@@ -1,21 +1,23 @@
-"""The client's side of one request: what its head says, its bounded body, its leaving, and the way back to it.
+"""The client's side of one request: its bounded body, its leaving, and the way back to it.
 
 A pump reads from the client all the time, up to a high-water mark, so that a client that leaves is noticed at once,
 in any phase: while its body, the hold, a connection or the first byte is awaited, and mid-stream. Leaving cancels
-the walk's task (as `asyncio.timeout` does); `left` tells that cancellation from any other. Nothing here knows why a
-request is refused or where it is forwarded.
+the walk's task (as `asyncio.timeout` does), unless the walk asked to go on without it (`finish_without`); `left`
+tells that cancellation from any other. Nothing here knows why a request is refused or where it is forwarded.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
+from gateway.downstream.head import Head
 from gateway.errors import BodyTooLarge, ClientLeft, RequestTimeout
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+Field = tuple[bytes, bytes]
 
 #: Body bytes taken from the client ahead of whoever reads them.
 HIGH_WATER_BYTES = 256 * 1024
@@ -24,22 +26,31 @@ HIGH_WATER_BYTES = 256 * 1024
 class Client:
     """Used by one walk, in the task that makes it."""
 
-    def __init__(self, receive: Receive, send: Send, patience: "Patience") -> None:
+    def __init__(self, receive: Receive, send: Send, patience: "Patience", head: Head | None = None) -> None:
+        """head: what a connection of ours knows beside the ASGI scope; None under another server."""
         self._receive = receive
         self._send = send
         self._patience = patience
         self._chunks: deque[bytes] = deque()
         self._buffered_bytes = 0
         self._body_complete = False
+        self._late = False
         self._changed = asyncio.Event()
         self._room = asyncio.Event()
         self._walk = asyncio.current_task()
         self._finished = False
+        self._asks = head is not None and head.expects_continue
+        self._goes_on: Callable[[], bool] = _never
+        self._alone_ms = 0
+        self._alone_bytes_max = 0
+        self._alone: asyncio.TimerHandle | None = None
         #: The client closed its connection before the answer was complete.
         self.left = False
         #: The head of an answer has been sent; from here on a refusal can no longer become a response.
         self.started = False
         self.sent_bytes = 0
+        #: Fields behind a chunked body; filled when the body has ended.
+        self.trailers: list[Field] = []
         self._pump = asyncio.create_task(self._run_pump())
 
     # The request
@@ -48,6 +59,8 @@ class Client:
         """The complete body. Raises BodyTooLarge past the bound, RequestTimeout when the client stalls."""
         body = await self.arrived()
         if body is None:
+            if self._asks:
+                await self.interim(100, b"Continue", [])
             return b"".join([chunk async for chunk in self.body(body_bytes_max)])
         if len(body) > body_bytes_max:
             raise too_large(body_bytes_max)
@@ -67,14 +80,18 @@ class Client:
                 yield chunk
             if self._body_complete:
                 return
-            if self.left:  # never an empty or shortened body in place of one that did not arrive
-                raise ClientLeft
+            await self._more()
+
+    async def raw(self) -> bytes:
+        """The next bytes after `switch`, or b"" when the client has ended. Waits without a deadline."""
+        while not self._chunks and not self.left:
             self._changed.clear()
-            try:
-                async with asyncio.timeout(self._patience.idle_s):
-                    await self._changed.wait()
-            except TimeoutError as exc:
-                raise RequestTimeout from exc
+            await self._changed.wait()
+        chunks = b"".join(self._chunks)
+        self._chunks.clear()
+        self._buffered_bytes = 0
+        self._room.set()
+        return chunks
 
     async def arrived(self) -> bytes | None:
         """The whole body when it is here already, or comes with the head; None when more of it is awaited.
@@ -89,25 +106,57 @@ class Client:
         self._room.set()
         return body
 
+    async def _more(self) -> None:
+        """Something has changed: bytes, the end, or the client has left."""
+        if self.left:  # never an empty or shortened body in place of one that did not arrive
+            raise ClientLeft
+        if self._late:
+            raise RequestTimeout
+        self._changed.clear()
+        try:
+            async with asyncio.timeout(self._patience.idle_s):
+                await self._changed.wait()
+        except TimeoutError as exc:
+            raise RequestTimeout from exc
+
     async def _run_pump(self) -> None:
         while True:
             message = await self._receive()
-            if message["type"] == "http.disconnect":
-                self._leave()
-                return
+            match message["type"]:
+                case "http.disconnect":
+                    self._leave()
+                    return
+                case "http.request.timeout":
+                    self._late = True
+                    self._changed.set()
+                    continue
             if chunk := message.get("body", b""):
                 self._chunks.append(chunk)
                 self._buffered_bytes += len(chunk)
             if not message.get("more_body", False):
+                self.trailers.extend(message.get("trailers", ()))
                 self._body_complete = True
             self._changed.set()
             while self._buffered_bytes >= HIGH_WATER_BYTES:
                 self._room.clear()
                 await self._room.wait()
 
+    # Leaving
+
+    def finish_without(self, goes_on: Callable[[], bool], timeout_ms: int, bytes_max: int) -> None:
+        """A client that leaves while `goes_on()` is true does not end the walk: the answer is read on and thrown
+        away, until it is complete, `timeout_ms` have passed or more than `bytes_max` were read."""
+        self._goes_on, self._alone_ms, self._alone_bytes_max = goes_on, timeout_ms, bytes_max
+
     def _leave(self) -> None:
-        if not self._finished:  # servers also say `disconnect` once the answer is complete
+        if self._finished:  # servers also say `disconnect` once the answer is complete
+            return
+        if not self._goes_on():
             self.give_up()
+            return
+        self.left = True
+        self._changed.set()
+        self._alone = asyncio.get_running_loop().call_later(self._alone_ms / 1000, self.give_up)
 
     def give_up(self) -> None:
         """The client is gone, or as good as gone: what the walk waits for, it need not wait for any more."""
@@ -118,22 +167,53 @@ class Client:
 
     # The answer
 
-    async def start(self, status: int, fields: Iterable[tuple[bytes, bytes]]) -> None:
+    async def interim(self, status: int, reason: bytes, fields: Iterable[Field]) -> None:
+        """A 1xx is on its way. The first 100 is what a client waits for that expects to be asked for its body."""
+        if status == 100:
+            self._asks = False
+        message = {"type": "http.response.interim", "status": status, "reason": reason, "headers": list(fields)}
+        await self._deliver(message)
+
+    async def switch(self, reason: bytes, fields: Iterable[Field]) -> None:
+        """A 101 is on its way; from here on `raw` and `write` carry another protocol."""
         self.started = True
-        await self._deliver({"type": "http.response.start", "status": status, "headers": list(fields)})
+        await self._deliver({"type": "http.response.switch", "reason": reason, "headers": list(fields)})
 
-    async def write(self, chunk: bytes) -> None:
-        """`chunk` is on its way; waits while the client reads slower than we write."""
-        self.sent_bytes += len(chunk)
-        await self._deliver({"type": "http.response.body", "body": chunk, "more_body": True})
+    async def start(
+        self, status: int, fields: Iterable[Field], *, reason: bytes | None = None, trailers: bool = False
+    ) -> None:
+        """The head is on its way. reason: None for the standard phrase. trailers: `finish` may bring some."""
+        self.started = True
+        message: Message = {"type": "http.response.start", "status": status, "headers": list(fields)}
+        if reason is not None:
+            message["reason"] = reason
+        if trailers:
+            message["trailers"] = True
+        await self._deliver(message)
 
-    async def finish(self, chunk: bytes = b"") -> None:
-        """The answer is complete."""
-        self.sent_bytes += len(chunk)
+    async def write(self, pieces: Sequence[bytes]) -> None:
+        """`pieces` are on their way, each a chunk of its own where the answer is chunked; waits while the client reads
+        slower than we write."""
+        body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        if self.left:
+            self._alone_bytes_max -= len(body)
+            if self._alone_bytes_max < 0:
+                raise ClientLeft
+            return
+        self.sent_bytes += len(body)
+        await self._deliver({"type": "http.response.body", "body": body, "pieces": pieces, "more_body": True})
+
+    async def finish(self, body: bytes = b"", trailers: Sequence[Field] | None = None) -> None:
+        """The answer is complete. trailers: exactly when `start` announced them, possibly none."""
+        self.sent_bytes += len(body)
         self._finished = True
-        await self._deliver({"type": "http.response.body", "body": chunk, "more_body": False})
+        await self._deliver({"type": "http.response.body", "body": body, "more_body": False})
+        if trailers is not None:
+            await self._deliver({"type": "http.response.trailers", "headers": trailers, "more_trailers": False})
 
     async def _deliver(self, message: Message) -> None:
+        if self.left:
+            return
         self._patience.begins(self)
         try:
             await self._send(message)
@@ -147,6 +227,8 @@ class Client:
         """The walk is over; nothing of it is cancelled any more."""
         self._finished = True
         self._pump.cancel()
+        if self._alone is not None:
+            self._alone.cancel()
 
 
 class Patience:
@@ -185,3 +267,7 @@ class Patience:
 
 def too_large(body_bytes_max: int) -> BodyTooLarge:
     return BodyTooLarge(f"The request body is larger than the {body_bytes_max} bytes this route allows.")
+
+
+def _never() -> bool:
+    return False

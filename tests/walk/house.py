@@ -28,7 +28,7 @@ CREDIT = 1_000_000
 
 CONFIG = """
 listen:
-  {{ port: 0, workers: {workers}, grace: {grace}, drain_timeout: 2s,
+  {{ port: 0, workers: {workers}, grace: {grace}, drain_timeout: {drain_timeout},
      client_idle: {client_idle}, trusted_proxies: {trusted} }}
 stores:
   redis: "{redis}"
@@ -90,6 +90,7 @@ class House:
     def write_config(self) -> Path:
         values = {
             "grace": "0s",
+            "drain_timeout": "2s",
             "client_idle": "60s",
             "redis_timeout": "1s",
             "redis_connect_timeout": "1s",

@@ -1,0 +1,181 @@
+"""An admitted request on its way to the upstream and its answer on the way back: forward, meter, settle."""
+
+import asyncio
+from collections.abc import AsyncIterable
+
+from gateway import charge, headers
+from gateway.admission import Hold
+from gateway.config import Route
+from gateway.downstream import Client
+from gateway.errors import ClientLeft
+from gateway.identity import Identified
+from gateway.meter import Meter, unanswered
+from gateway.proxy.steps import Steps
+from gateway.telemetry import Record
+from gateway.types import Facts, Outcome, Peek, Session
+from gateway.upstream import Answer, Forwarding
+from gateway.usage import READERS
+
+Field = tuple[bytes, bytes]
+Body = bytes | AsyncIterable[bytes] | None
+
+SESSION_FIELD = frozenset((b"x-session-id",))
+HOST_FIELD = frozenset((b"host",))
+EXPECT_FIELD = frozenset((b"expect",))
+#: Where one event of a stream ends and the next may begin (WHATWG HTML §9.2.5).
+EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
+
+
+class Passage:
+    """One request between its admission and its settlement."""
+
+    def __init__(
+        self,
+        steps: Steps,
+        client: Client,
+        facts: Facts,
+        route: Route,
+        identified: Identified,
+        hold: Hold,
+        session: Session | None,
+        record: Record,
+    ) -> None:
+        self._steps = steps
+        self._client = client
+        self._facts = facts
+        self._route = route
+        self._identified = identified
+        self._hold = hold
+        self._session = session
+        self._record = record
+        #: The last bytes of an event stream; before the first event, what would stand there.
+        self._tail = b"\n\n"
+        self._events = False
+
+    @property
+    def between_events(self) -> bool:
+        """An event stream under way has just ended an event, so that another may follow."""
+        return self._events and self._tail.endswith(EVENT_ENDS)
+
+    async def through(self, body: Body, peek: Peek | None, scheme: str) -> None:
+        """The answer has been relayed as far as both sides were there, and `hold.charge` says what it costs."""
+        record, client, route = self._record, self._client, self._route
+        # Until an answer begins nothing was delivered: a 502 or 504 of ours costs the client nothing. Nor does an
+        # upstream's own error, however far it came.
+        outcome, meter, refused = Outcome.UPSTREAM_REFUSED, None, False
+        forwarding = self._forwarding(body, scheme)
+        if route.on_disconnect == "drain":
+            client.finish_without(lambda: forwarding.request_sent, route.drain_timeout_ms, route.drain_bytes_max)
+        try:
+            async with forwarding as answer:
+                record.phase("first_byte")
+                refused = answer.status >= 400
+                outcome = Outcome.UPSTREAM_REFUSED if refused else Outcome.UPSTREAM_BROKE
+                meter = self._meter(answer, peek)
+                await self._relay(answer, meter)
+            outcome = Outcome.UPSTREAM_REFUSED if refused else Outcome.COMPLETE
+        except ClientLeft:
+            outcome = Outcome.UPSTREAM_REFUSED if refused else Outcome.CLIENT_LEFT
+            raise
+        except asyncio.CancelledError:
+            if client.left:
+                outcome = Outcome.UPSTREAM_REFUSED if refused else Outcome.CLIENT_LEFT
+            elif outcome is Outcome.UPSTREAM_BROKE:
+                outcome = Outcome.CUT
+            raise
+        finally:
+            self._settle(outcome if forwarding.reached else Outcome.NEVER_REACHED, meter, peek)
+
+    def _forwarding(self, body: Body, scheme: str) -> Forwarding:
+        facts, route = self._facts, self._route
+        return self._steps.upstreams.forward(
+            route.upstream,
+            facts.method,
+            facts.target,
+            self._outbound(scheme),
+            body,
+            interim=self._interim,
+            trailers=self._client.trailers,
+            retry=route.retry,
+        )
+
+    def _outbound(self, scheme: str) -> list[Field]:
+        """The request's head for the upstream: what the client sent, less what it may not say, plus what we know."""
+        facts, steps, principal = self._facts, self._steps, self._identified.principal
+        trusted = headers.is_trusted(facts.peer_ip, steps.trusted_proxies)
+        added = [
+            (b"x-request-id", facts.request_id.encode()),
+            (b"x-org-id", principal.org_id.encode()),
+            (b"x-plan", principal.plan.encode()),
+            *headers.forwarded(facts.headers, facts.peer_ip, scheme, facts.header(b"host") or "", trusted),
+        ]
+        if principal.user_id is not None:
+            added.append((b"x-user-id", principal.user_id.encode()))
+        if self._session is not None:
+            added += steps.sessions.headers(self._session, principal, facts)
+        strip = HOST_FIELD | steps.identity.asserted_headers | steps.sessions.attached_names
+        if not self._route.forward_credential:
+            strip |= self._identified.credential_headers
+        return headers.to_upstream(facts.headers, strip=strip, add=added)
+
+    async def _interim(self, status: int, reason: bytes, fields: list[Field]) -> None:
+        await self._client.interim(status, reason, headers.to_client(fields))
+
+    def _meter(self, answer: Answer, peek: Peek | None) -> Meter | None:
+        fields = {name.lower(): value.decode("latin-1") for name, value in answer.headers}
+        media_type, coding = fields.get(b"content-type", ""), fields.get(b"content-encoding", "")
+        self._events = media_type.startswith("text/event-stream") and not coding and b"content-length" not in fields
+        format = READERS.get(self._route.usage or "none")
+        if format is None or peek is None:
+            return None
+        return Meter(format.reader(media_type, coding), peek, answer.status)
+
+    async def _relay(self, answer: Answer, meter: Meter | None) -> None:
+        client, record = self._client, self._record
+        record.status = answer.status
+        # The upstream's own id for the request is its customers' to quote; ours stands beside it.
+        taken = any(name.lower() == b"x-request-id" for name, _ in answer.headers)
+        added = [(b"x-gateway-request-id" if taken else b"x-request-id", record.request_id.encode())]
+        if self._session is not None:
+            added.append((b"x-session-id", self._session.session_id.encode()))
+        await client.start(
+            answer.status, headers.to_client(answer.headers, added, strip=SESSION_FIELD), reason=answer.reason
+        )
+        async for pieces in answer.pieces:
+            if meter is not None:
+                for piece in pieces:
+                    meter.see(piece)
+            await client.write(pieces)
+            if self._events:
+                self._tail = (self._tail + b"".join(pieces))[-4:]
+        await client.finish()
+
+    def _settle(self, outcome: Outcome, meter: Meter | None, peek: Peek | None) -> None:
+        """Say what the hold is to book; the block around the passage does it."""
+        record, hold = self._record, self._hold
+        principal = hold.principal
+        if meter is not None:
+            usage = meter.usage(complete=outcome is Outcome.COMPLETE)
+        else:
+            usage = unanswered(peek) if peek is not None and outcome is Outcome.CLIENT_LEFT else None
+        booked = charge.settle(outcome, usage, hold.ucredits, hold.token_estimate)
+        hold.charge = booked
+        record.outcome, record.basis, record.charged_ucredits = outcome.value, booked.basis, booked.ucredits
+        record.decision = "admitted"
+        if usage is not None:
+            record.input_tokens, record.output_tokens = usage.input_tokens, usage.output_tokens
+            record.model = usage.model or record.model
+        hold.meta = {
+            "request_id": record.request_id,
+            "route": record.route,
+            "outcome": record.outcome,
+            "status": record.status,
+            "model": record.model,
+            "input_tokens": record.input_tokens,
+            "output_tokens": record.output_tokens,
+            "user": principal.user_id,
+            "key": principal.key_id,
+        }
+        if self._session is not None and outcome is not Outcome.NEVER_REACHED:
+            tokens = usage.total_tokens if usage else 0
+            self._steps.sessions.remember(principal, self._session, tokens, record.model)

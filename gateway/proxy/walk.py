@@ -1,0 +1,162 @@
+"""The order in which a request goes through the rooms.
+
+    read → identify → match → admit → attach → forward → meter → settle
+
+Leaving the `hold` block settles exactly once, whatever happened inside it. A refusal is a value and becomes an
+answer in the route's dialect; a failure is an exception of `errors` and becomes one too, as long as no byte of an
+answer has been sent; after that the connection is cut, never ended as if the answer were whole.
+"""
+
+import asyncio
+
+import structlog
+
+from gateway import keys, policy
+from gateway.config import MethodMismatch, Route
+from gateway.dialects import DIALECTS
+from gateway.downstream import Client, too_large
+from gateway.errors import BadRequest, ClientLeft, GatewayError, MethodNotAllowed, UnknownRoute
+from gateway.policy import CompiledPolicy
+from gateway.proxy.passage import Body, Passage
+from gateway.proxy.steps import Steps
+from gateway.telemetry import Record
+from gateway.types import Facts, Peek, Principal, Refusal, Session
+from gateway.usage import READERS
+
+log = structlog.get_logger("gateway.proxy")
+
+
+class Walk:
+    """One request on its way. State: what is known so far, for the answer and the log."""
+
+    def __init__(self, steps: Steps, client: Client, facts: Facts, hold_id: str, scheme: str, record: Record) -> None:
+        self._steps = steps
+        self._client = client
+        self._facts = facts
+        self._hold_id = hold_id
+        self._scheme = scheme
+        self._record = record
+        self._dialect = DIALECTS["problem"]
+        self._passage: Passage | None = None
+        self._ended_by: GatewayError | None = None
+        self._task = asyncio.current_task()
+
+    def end(self, error: GatewayError) -> None:
+        """The walk ends now, and tells the client `error` where it still can. The first call counts."""
+        if self._ended_by is None and self._task is not None:
+            self._ended_by = error
+            self._task.cancel()
+
+    async def go(self) -> None:
+        """The client has its answer, or its connection is to be cut. Raises only CancelledError."""
+        record = self._record
+        try:
+            refusal = await self._handle()
+        except ClientLeft:
+            self._client.left = True
+            return
+        except asyncio.CancelledError:
+            if self._ended_by is None or self._client.left:
+                raise
+            assert self._task is not None
+            self._task.uncancel()
+            refusal, record.error = self._ended_by.refusal(), str(self._ended_by)
+        except GatewayError as exc:
+            refusal, record.error = exc.refusal(), str(exc)
+        except Exception:
+            log.exception("the walk failed", request_id=record.request_id)
+            refusal, record.error = GatewayError().refusal(), "internal error"
+        if refusal is not None:
+            record.decision = refusal.code
+            record.limit = refusal.details.get("limit")
+            await self._tell(refusal)
+
+    async def _handle(self) -> Refusal | None:
+        steps, facts, record = self._steps, self._facts, self._record
+        route = self._route()
+        identified = await steps.identity.identify(facts)
+        principal = identified.principal
+        self._note_principal(principal)
+        rules = steps.policies.plan(principal.plan)
+        if rules is None:
+            return policy.unknown_plan(principal.plan)
+        body, peek = await self._read(route, rules)
+        named = steps.sessions.name(facts, self._hold_id)
+        demands = policy.demands(rules, principal, facts, peek, named.session_id if named else None)
+        if (oversized := policy.never_fits(demands)) is not None:
+            return policy.request_exceeds_limit(oversized)
+        # Asked now so that it leaves with the admission, in one write.
+        found = steps.sessions.begin(principal, named) if named else None
+        async with steps.admission.hold(self._hold_id, principal, demands, rules.price_ucredits) as verdict:
+            record.phase("admit")
+            if isinstance(verdict, Refusal):
+                return verdict
+            record.hold_id, record.available_ucredits = self._hold_id, verdict.available_ucredits
+            session: Session | None = None
+            if named is not None:
+                session = await steps.sessions.attach(principal, named, found)
+                record.session_digest, record.turn = keys.digest(named.session_id), session.turn
+            self._passage = Passage(steps, self._client, facts, route, identified, verdict, session, record)
+            await self._passage.through(body, peek, self._scheme)
+        return None
+
+    def _route(self) -> Route:
+        route = self._steps.routes.match(self._facts.method, self._facts.path)
+        if route is None:
+            raise UnknownRoute
+        self._dialect = DIALECTS[route.dialect]
+        if isinstance(route, MethodMismatch):
+            raise MethodNotAllowed(allow=route.allowed)
+        self._record.route = route.name
+        return route
+
+    def _note_principal(self, principal: Principal) -> None:
+        record = self._record
+        record.org_id, record.user_id, record.key_id = principal.org_id, principal.user_id, principal.key_id
+        record.plan, record.source = principal.plan, principal.source
+        record.phase("identify")
+
+    async def _read(self, route: Route, rules: CompiledPolicy) -> tuple[Body, Peek | None]:
+        """The body, buffered where a limit must know what it asks for, and what it says; else as it comes."""
+        facts = self._facts
+        length = facts.header(b"content-length")
+        if length is not None and length.isdigit() and int(length) > route.body_bytes_max:
+            raise too_large(route.body_bytes_max)
+        format = READERS.get(route.usage or "none")
+        if format is not None and policy.needs_peek(rules):
+            body = await self._client.whole_body(route.body_bytes_max)
+            return body, self._note_peek(format.peek(body))
+        if length is None and facts.header(b"transfer-encoding") is None:
+            return None, None if format is None else Peek(0)
+        arrived = await self._client.arrived()
+        if arrived is None:
+            return self._client.body(route.body_bytes_max), None if format is None else Peek(int(length or 0))
+        if len(arrived) > route.body_bytes_max:
+            raise too_large(route.body_bytes_max)
+        if format is None:
+            return arrived, None
+        try:
+            return arrived, self._note_peek(format.peek(arrived))
+        except BadRequest:
+            # Nothing here depends on what it says, so the upstream may judge it.
+            return arrived, Peek(len(arrived))
+
+    def _note_peek(self, peek: Peek) -> Peek:
+        self._record.model, self._record.stream = peek.model, peek.stream
+        return peek
+
+    async def _tell(self, refusal: Refusal) -> None:
+        """The client is told as much as it can still be told."""
+        client = self._client
+        try:
+            if not client.started:
+                rendered = self._dialect.render(refusal, self._record.request_id)
+                self._record.status = rendered.status
+                await client.start(rendered.status, rendered.headers)
+                await client.finish(rendered.body)
+            elif self._ended_by is not None and self._passage is not None and self._passage.between_events:
+                # The answer's own status stays. Without a last event the server cuts the connection when we return.
+                if event := self._dialect.stream_error(refusal):
+                    await client.finish(event)
+        except ClientLeft:
+            return
