@@ -16,7 +16,7 @@ import httpx
 from gateway.upstream.request import Outgoing
 from gateway.upstream.timeouts import Deadlines
 from gateway.upstream.upload import WRITE_BYTES, Upload
-from gateway.upstream.wire import StaleConnection, Wire
+from gateway.upstream.wire import StaleConnection, Unanswered, Wire
 
 #: Unread body at which the upstream is told to wait (TCP's window closes).
 BUFFERED_BYTES_MAX = 65_536
@@ -148,10 +148,10 @@ class Exchange(httpx.AsyncByteStream):
             self._wake()
         elif self._wire is not None and self._wire.reused and not self._heard:
             self._broke(StaleConnection("The upstream closed the kept connection without an answer."), error)
-        elif self.answered:
+        elif self._heard:
             self._broke(httpx.RemoteProtocolError("The upstream closed the connection within the answer."), error)
         else:
-            self._broke(httpx.RemoteProtocolError("The upstream closed the connection without an answer."), error)
+            self._broke(Unanswered("The upstream closed the connection without an answer."), error)
 
     def expired(self, writing: bool) -> None:
         """The deadline of the current wait has passed."""

@@ -39,6 +39,13 @@ class Answer:
     sent: bool
     #: Fields after a chunked body; filled when `chunks` has ended.
     trailers: list[tuple[bytes, bytes]]
+    framing: str = "chunked"
+    tunnel: None = None
+
+    @property
+    async def pieces(self) -> AsyncIterator[list[bytes]]:
+        async for chunk in self.chunks:
+            yield [chunk]
 
 
 class Upstreams:
@@ -63,6 +70,10 @@ class Upstreams:
         target: bytes,
         headers: Sequence[tuple[bytes, bytes]],
         body: bytes | AsyncIterable[bytes] | None,
+        *,
+        interim: object = None,
+        trailers: object = None,
+        retry: str = "connect",
     ) -> "Forwarding":
         """`async with` it: the answer's head is there; leaving gives the connection back or closes it.
 
@@ -138,7 +149,7 @@ class Upstreams:
 class Forwarding:
     """One request on its way to one of an upstream's targets, and its answer."""
 
-    __slots__ = ("_body", "_headers", "_host_given", "_method", "_stream", "_target", "_upstream", "reached")
+    __slots__ = ("_body", "_headers", "_host_given", "_method", "_stream", "_target", "_upstream", "reached", "request_sent")
 
     def __init__(
         self,
@@ -157,6 +168,7 @@ class Forwarding:
         self._stream: httpx.AsyncByteStream | None = None
         #: Whether any upstream may have seen a byte of the request; False is certain. Good at any time.
         self.reached = False
+        self.request_sent = True
 
     async def __aenter__(self) -> Answer:
         if not self._target.startswith(b"/"):

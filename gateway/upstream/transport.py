@@ -40,7 +40,8 @@ class Transport(httpx.AsyncBaseTransport):
     """Sends requests exactly as given and returns answers exactly as received, chunked coding apart.
 
     Request extensions: `target` (bytes, instead of the URL's path and query), `timeout` (seconds: connect, first_byte,
-    read, write, pool). `reached` is set there to whether a byte of the request may have been sent.
+    read, write, pool). `reached` is set there to whether a byte of the request may have been sent, and `exchange` to
+    the exchange, whose `sent` says whether every byte was.
     Response extensions: http_version, reason_phrase, trailers (filled when the body has ended), request_sent.
     """
 
@@ -79,6 +80,7 @@ class Transport(httpx.AsyncBaseTransport):
         exchange = Exchange(asyncio.get_running_loop(), connection, outgoing, deadlines, self._head_bytes_max)
         connection.begin(exchange)
         extensions["reached"] = True
+        extensions["exchange"] = exchange
         try:
             exchange.send(outgoing)
             await exchange.head()

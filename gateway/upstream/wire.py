@@ -5,7 +5,11 @@ from typing import Protocol
 import httpx
 
 
-class StaleConnection(httpx.RemoteProtocolError):
+class Unanswered(httpx.RemoteProtocolError):
+    """The connection ended before a byte of the answer: the upstream may have acted on the request, or never read it."""
+
+
+class StaleConnection(Unanswered):
     """The upstream closed a kept connection without a byte of answer: most likely it never read the request."""
 
 
