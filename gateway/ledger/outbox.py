@@ -58,6 +58,8 @@ class Outbox:
         self._mirror_ttl_s = mirror_ttl_s
         self._applied = Script("applied", limits.script_text("applied"))
         self._dirty: set[str] = set()
+        #: The last flush before the end waits for the one that is under way, which would be cancelled half done.
+        self._flushing = asyncio.Lock()
         #: Entries posted by this process since it started.
         self.posted_count = 0
 
@@ -85,6 +87,10 @@ class Outbox:
     async def flush(self) -> int:
         """Everything that was waiting for the marked orgs is posted; returns the number of entries.
         Raises StoreUnavailable; what was not posted stays marked."""
+        async with self._flushing:
+            return await self._flush()
+
+    async def _flush(self) -> int:
         count = 0
         while self._dirty:
             orgs = sorted(self._dirty)[: self._batch_max]
