@@ -12,12 +12,15 @@ from gateway.headers import (
     FORWARDED,
     HOP_BY_HOP,
     HOPS_MAX,
+    NOT_IN_TRAILERS,
     Field,
     client_ip,
     forwarded,
     is_trusted,
     to_client,
     to_upstream,
+    trailers,
+    via,
 )
 
 NOTHING: frozenset[bytes] = frozenset()
@@ -42,12 +45,12 @@ def test_added_fields_stand_at_the_end() -> None:
 
 
 # Written out, so that a name lost from the code is missed here.
-HOPS = """connection keep-alive proxy-connection te transfer-encoding upgrade
+HOPS = """connection http2-settings keep-alive proxy-connection te transfer-encoding upgrade
     proxy-authenticate proxy-authentication-info proxy-authorization""".split()
 OURS = """x-session-id x-session-turn x-session-new x-session-context x-session-signature
     x-org-id x-user-id x-plan x-request-id x-gateway-anything""".split()
 OF_PROXIES = """forwarded x-forwarded-for x-forwarded-host x-forwarded-port x-forwarded-prefix x-forwarded-proto
-    x-real-ip""".split()
+    x-forwarded-user x-forwarded-client-cert x-real-ip x-original-url x-rewrite-url""".split()
 
 
 @pytest.mark.parametrize("name", [name.encode() for name in [*HOPS, *OURS, *OF_PROXIES, "expect"]])
@@ -55,7 +58,11 @@ def test_field_never_crosses_and_comes_back_only_as_ours(name: bytes) -> None:
     assert sent((name, b"theirs"), (b"a", b"1"), add=((name, b"ours"),)) == [(b"a", b"1"), (name, b"ours")]
 
 
-@pytest.mark.parametrize("name", [b"x_org_id", b"x-org_id", b"x_gateway_user", b"transfer_encoding", b"x_api_key"])
+@pytest.mark.parametrize(
+    "name",
+    [b"x_org_id", b"x-org_id", b"x_gateway_user", b"transfer_encoding", b"content_length", b"x_api_key"]
+    + [b"x_forwarded_user", b"x_original-url"],
+)
 def test_underscores_do_not_smuggle_a_forged_field(name: bytes) -> None:
     assert sent((name, b"forged"), strip=frozenset({b"x-api-key"})) == []
 
@@ -82,7 +89,7 @@ def test_fields_nominated_by_connection_are_dropped_wherever_they_stand() -> Non
     assert sent(*headers) == [(b"x-stay", b"2")]
 
 
-@pytest.mark.parametrize("name", sorted(END_TO_END - ATTACHED - FORWARDED))
+@pytest.mark.parametrize("name", sorted(END_TO_END - ATTACHED - FORWARDED - {b"expect"}))
 def test_connection_cannot_strip_an_end_to_end_field(name: bytes) -> None:
     assert sent((b"connection", b"close, " + name), (name, b"v")) == [(name, b"v")]
 
@@ -96,7 +103,7 @@ def test_connection_cannot_strip_what_the_gateway_attaches() -> None:
 names = st.sampled_from(
     [b"accept", b"x-a", b"x-b", b"cookie", b"content-length", b"te", b"upgrade", b"connection", b"x-org-id", b"x-hop"]
 )
-values = st.sampled_from([b"", b"1", b"close", b"x-hop", b"keep-alive, X-Hop", b"content-length", b"trailers"])
+values = st.sampled_from([b"", b"1", b"close", b"x-hop", b"keep-alive, X-Hop", b"content-length", b"gzip"])
 fields = st.lists(st.tuples(names, values), max_size=20).map(tuple)
 
 
@@ -108,6 +115,10 @@ def test_everything_but_hop_by_hop_and_ours_crosses_in_order(headers: tuple[Fiel
     gone = HOP_BY_HOP | ATTACHED | ({b"x-hop"} & options)
 
     assert sent(*headers) == [field for field in headers if field[0] not in gone]
+    as_written = tuple((name.title(), value) for name, value in headers)
+    assert to_upstream(headers, as_written, strip=NOTHING, add=()) == [
+        field for field in as_written if field[0].lower() not in gone
+    ]
 
 
 @given(fields)
@@ -119,6 +130,87 @@ def test_the_answer_crosses_whatever_its_case(headers: tuple[Field, ...]) -> Non
     gone = HOP_BY_HOP | ({b"x-hop"} & options)
 
     assert to_client(shouted) == [field for field in shouted if field[0].lower() not in gone]
+
+
+def wire(*fields: Field, strip: frozenset[bytes] = NOTHING, chunked: bool = False, upgrade: bytes = b"") -> list[Field]:
+    """What crosses of a request whose fields are written like this."""
+    headers = tuple((name.lower(), value) for name, value in fields)
+    return to_upstream(headers, fields, strip=strip, add=(), chunked=chunked, upgrade=upgrade)
+
+
+def test_names_keep_the_case_and_the_place_they_had() -> None:
+    written = ((b"HOST", b"a"), (b"X-CuStOm", b"1"), (b"accept", b"b"), (b"X-custom", b"2"))
+    assert wire(*written) == list(written)
+    assert wire(*written, strip=frozenset({b"host"})) == list(written[1:])
+
+
+# Of one hop, and yet true of the next
+
+
+A, B = (b"A", b"1"), (b"B", b"2")
+
+
+def test_framing_stays_in_its_place_while_the_body_keeps_it() -> None:
+    coding = (b"transfer-ENCODING", b"Chunked")
+    assert wire(A, coding, B, chunked=True) == [A, coding, B]
+    assert wire(A, coding, B) == [A, B]
+    assert wire(A, coding, B, coding, chunked=True) == [A, coding, B]
+    assert wire((b"Transfer-Encoding", b"gzip, chunked"), A, chunked=True) == [A]
+    assert wire(A, (b"Content-LENGTH", b"3"), B) == [A, (b"Content-LENGTH", b"3"), B]
+
+
+@pytest.mark.parametrize("value", [b"100-continue", b"100-Continue"])
+def test_the_one_expectation_there_is_crosses_once(value: bytes) -> None:
+    assert wire(A, (b"Expect", value), B, (b"Expect", value)) == [A, (b"Expect", value), B]
+    assert wire(A, (b"Expect", value), B, strip=frozenset({b"expect"})) == [A, B]
+
+
+@pytest.mark.parametrize("value", [b"", b"y 100-continue", b"100-continue, x", b"200-ok", b"100-continue;q=1"])
+def test_another_expectation_does_not_cross(value: bytes) -> None:
+    assert wire(A, (b"Expect", value)) == [A]
+
+
+@pytest.mark.parametrize(
+    ("te", "connection", "crosses"),
+    [
+        (b"trailers", b"TE", True),
+        (b"Trailers", b"close, te", True),
+        (b"gzip;q=0.5, trailers", b"TE, X-Hop", True),
+        (b"trailers", b"keep-alive", False),
+        (b"gzip", b"TE", False),
+        (b"trailers;q=1", b"TE", False),
+        (b"", b"TE", False),
+    ],
+)
+def test_te_crosses_as_trailers_alone_and_only_when_connection_says_so(
+    te: bytes, connection: bytes, crosses: bool
+) -> None:
+    option = next(option for option in connection.split(b", ") if option.lower() == b"te") if crosses else b""
+    kept = [(b"Te", b"trailers"), (b"CONNECTION", option)] if crosses else []
+
+    assert wire(A, (b"Te", te), (b"CONNECTION", connection), B, (b"X-Hop", b"")) == [
+        A,
+        *kept,
+        B,
+        *([] if b"X-Hop" in connection else [(b"X-Hop", b"")]),
+    ]
+    assert wire((b"CONNECTION", connection), A, (b"Te", te)) == [*kept[1:], A, *kept[:1]]
+
+
+def test_a_handshake_crosses_only_when_the_walk_lets_it() -> None:
+    handshake = (A, (b"Upgrade", b"WebSocket"), B, (b"connection", b"keep-alive, Upgrade"))
+
+    assert wire(*handshake, upgrade=b"websocket") == [*handshake[:3], (b"connection", b"Upgrade")]
+    assert wire(*handshake) == [A, B]
+    assert wire(A, (b"Upgrade", b"websocket"), B, upgrade=b"websocket") == [A, B]
+    offers = (b"Upgrade", b"h2c, websocket"), (b"Upgrade", b"h2c"), (b"Connection", b"upgrade, Upgrade")
+    assert wire(*offers, upgrade=b"websocket") == [(b"Upgrade", b"websocket"), (b"Connection", b"Upgrade")]
+
+
+def test_h2c_never_crosses() -> None:
+    h2c = (b"Connection", b"Upgrade, HTTP2-Settings"), (b"Upgrade", b"h2c"), (b"HTTP2-Settings", b"AAMAAABk")
+    assert wire(A, *h2c) == [A]
+    assert b"http2-settings" not in [name.lower() for name, _ in wire(*h2c, upgrade=b"websocket")]
 
 
 # Towards the client
@@ -152,6 +244,47 @@ def test_content_encoding_crosses_with_the_bytes_it_describes() -> None:
     assert to_client(headers) == headers
 
 
+def test_a_chunked_answer_keeps_its_coding_in_its_place_while_it_stays_chunked() -> None:
+    coding = (b"Transfer-ENCODING", b"chunked")
+    assert to_client([A, coding, B], chunked=True) == [A, coding, B]
+    assert to_client([A, coding, B]) == [A, B]
+    assert to_client([A, coding, coding], chunked=True) == [A, coding]
+
+
+def test_a_length_beside_a_coding_goes() -> None:
+    both = [(b"Content-Length", b"5"), A, (b"Transfer-Encoding", b"chunked")]
+    assert to_client(both, chunked=True) == [A, both[2]]
+    assert to_client(both) == [A]
+
+
+def test_a_switch_of_protocols_is_said_anew() -> None:
+    fields = [A, (b"upgrade", b"websocket"), (b"Connection", b"keep-alive, Upgrade, X-Hop"), B, (b"X-Hop", b"1")]
+    assert to_client(fields, upgrade=True) == [A, fields[1], (b"Connection", b"Upgrade"), B]
+    assert to_client(fields) == [A, B]
+
+
+# Trailers
+
+# Written out, so that a name lost from the code is missed here.
+NOT_BEHIND_A_BODY = """transfer-encoding content-length host trailer te connection upgrade content-encoding content-type
+    content-range content-md5 authorization cookie set-cookie www-authenticate proxy-authenticate proxy-authorization
+    cache-control expect max-forwards pragma range if-match if-none-match if-range if-modified-since if-unmodified-since
+    age expires date location retry-after vary warning via x-org-id x-session-id x-request-id x-gateway-user
+    x-forwarded-for x-forwarded-user forwarded x-api-key keep-alive""".split()
+
+
+@pytest.mark.parametrize("name", [*NOT_BEHIND_A_BODY, *(name.decode() for name in NOT_IN_TRAILERS)])
+def test_a_field_that_was_acted_on_before_is_no_trailer(name: str) -> None:
+    for written in (name, name.title(), name.replace("-", "_")):
+        assert trailers([(written.encode(), b"v"), (b"X-Checksum", b"1")]) == [(b"X-Checksum", b"1")]
+
+
+def test_other_trailers_cross_as_they_are() -> None:
+    given = [(b"Grpc-Status", b"0"), (b"X-CHECKSUM", b"a"), (b"x-checksum", b"b"), (b"Server-Timing", b"db;dur=1")]
+    assert trailers(given) == given
+    assert trailers([(b"X_Tenant", b"o"), (b"x-tenant", b"o")], frozenset({b"x-tenant"})) == []
+
+
 # Forwarded
 
 
@@ -179,6 +312,35 @@ def test_a_trusted_peer_is_continued() -> None:
         (b"x-forwarded-for", b"1.1.1.1, 10.0.0.2, 10.0.0.1"),
         (b"x-forwarded-host", b"inner"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("given", "peer_ip", "host", "expected"),
+    [
+        ([b"for=1.1.1.1"], "10.0.0.1", "api", b"for=1.1.1.1, for=10.0.0.1;proto=https;host=api"),
+        ([b"for=a", b"for=b;by=c"], "10.0.0.1", "", b"for=a, for=b;by=c, for=10.0.0.1;proto=https"),
+        ([b'for="[2001:db8::1]:80"'], "fd00::1", "h", b'for="[2001:db8::1]:80", for="[fd00::1]";proto=https;host=h'),
+        ([b"for=a"], "10.0.0.1", "api:8080", b'for=a, for=10.0.0.1;proto=https;host="api:8080"'),
+        ([b"for=a"], "10.0.0.1", 'x"y\\z', b'for=a, for=10.0.0.1;proto=https;host="x\\"y\\\\z"'),
+        ([b"for=a"], "", "api", b"for=a, for=unknown;proto=https;host=api"),
+        ([b""], "10.0.0.1", "", b"for=10.0.0.1;proto=https"),
+        ([b'for="open'], "10.0.0.1", "", b"for=10.0.0.1;proto=https"),
+        ([b'for="a\\"', b"for=b"], "10.0.0.1", "", b"for=b, for=10.0.0.1;proto=https"),
+    ],
+)
+def test_forwarded_of_a_trusted_peer_gets_our_element_at_its_end(
+    given: list[bytes], peer_ip: str, host: str, expected: bytes
+) -> None:
+    claims = tuple((b"forwarded", value) for value in given)
+
+    assert dict(forwarded(claims, peer_ip, "https", host, trusted=True))[b"forwarded"] == expected
+    assert b"forwarded" not in dict(forwarded(claims, peer_ip, "https", host, trusted=False))
+
+
+def test_via_names_us_and_the_version_that_came_in() -> None:
+    assert via("edge", "1.0") == (b"Via", b"1.0 edge")
+    theirs = (b"via", b"1.1 cdn")
+    assert sent(theirs, add=(via("edge", "1.1"),)) == [theirs, (b"Via", b"1.1 edge")]
 
 
 def test_a_peer_without_an_address_adds_none() -> None:

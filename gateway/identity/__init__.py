@@ -46,6 +46,8 @@ class Identified:
     credential_headers: frozenset[bytes]
 
 
+_NO_FIELDS: frozenset[bytes] = frozenset()
+
 #: The section of `gateway.yaml` -> what makes the source. Any: each factory takes the config class it stands beside.
 SOURCES: Mapping[type, Callable[[Any, Powers], Source]] = {
     ApiKeySection: lambda own, powers: ApiKeySource(
@@ -65,7 +67,7 @@ class Identity:
         self._sources = tuple(sources)
         #: Lower-case names of the fields that state an identity (`x-org-id`). Never forwarded as a client sent them,
         #: whatever the route says: the upstream may believe them.
-        self.asserted_headers = frozenset[bytes]().union(*(source.asserted_headers for source in self._sources))
+        self.asserted_headers = _NO_FIELDS.union(*[source.asserted_headers for source in self._sources])
 
     async def identify(self, facts: Facts) -> Identified:
         """The first source that recognises a credential decides; later ones are not asked.
@@ -81,7 +83,7 @@ class Identity:
 
     def credential_headers(self, facts: Facts) -> frozenset[bytes]:
         """The request's fields whose value has the form of any configured source's credential."""
-        return frozenset[bytes]().union(*(source.credential_headers(facts) for source in self._sources))
+        return _NO_FIELDS.union(*[source.credential_headers(facts) for source in self._sources])
 
     def on_notification(self, payload: str) -> None:
         """A change was announced on the channel `gateway_keys`; what it touches is forgotten at once."""

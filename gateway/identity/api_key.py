@@ -18,13 +18,14 @@ import structlog
 
 from gateway.errors import Unauthenticated
 from gateway.identity.key_cache import KeyCache, KeyRecord, LoadKey
-from gateway.identity.source import Clock, Source, bearer, values
+from gateway.identity.source import Clock, Source, bearer
 from gateway.types import Facts, Principal
 
 #: Channel on which changes are announced: the hex SHA-256 of a revoked key, or `org:<org_id>` of a changed org.
 CHANNEL = "gateway_keys"
 
 PREFIX = "gw_"
+_PREFIX_BYTES = PREFIX.encode()
 _SECRET = re.compile(rb"gw_[A-Za-z0-9_-]{43}")
 _REVOKED = re.compile(r"[0-9a-f]{64}")
 
@@ -117,7 +118,7 @@ class ApiKeySource(Source):
     """
 
     def __init__(self, config: ApiKeyConfig, load: LoadKey, *, monotonic_ms: Clock, wall_ms: Clock) -> None:
-        self._headers = tuple(name.lower().encode() for name in config.headers)
+        self._headers = frozenset(name.lower().encode() for name in config.headers)
         self._wall_ms = wall_ms
         self.cache = KeyCache(
             load,
@@ -128,7 +129,7 @@ class ApiKeySource(Source):
         )
 
     async def identify(self, facts: Facts) -> Principal | None:
-        secrets_found = {secret for name in self._headers for secret in _keys_in(facts, name)}
+        secrets_found = {secret for _, secret in self._presented(facts)}
         if not secrets_found:
             return None
         if len(secrets_found) > 1:
@@ -144,7 +145,19 @@ class ApiKeySource(Source):
         return Principal(record.org_id, record.plan, record.user_id, record.key_id, "api_key")
 
     def credential_headers(self, facts: Facts) -> frozenset[bytes]:
-        return frozenset(name for name in self._headers if _keys_in(facts, name))
+        return frozenset([name for name, _ in self._presented(facts)])
+
+    def _presented(self, facts: Facts) -> list[tuple[bytes, bytes]]:
+        """Field name and value of everything that means to be a gateway key, well formed or not."""
+        found = []
+        for name, value in facts.headers:
+            if name in self._headers:
+                value = value.strip(b" \t")
+                token = bearer(value)
+                secret = value if token is None else token
+                if secret.startswith(_PREFIX_BYTES):
+                    found.append((name, secret))
+        return found
 
     def on_notification(self, payload: str) -> None:
         kind, colon, org_id = payload.partition(":")
@@ -162,15 +175,3 @@ class ApiKeySource(Source):
 
     async def close(self) -> None:
         await self.cache.close()
-
-
-def _keys_in(facts: Facts, header: bytes) -> list[bytes]:
-    """The field's values that mean to be a gateway key, well formed or not."""
-    found = []
-    for value in values(facts, header):
-        token = bearer(value)
-        if token is None:
-            token = value
-        if token.startswith(b"gw_"):
-            found.append(token)
-    return found

@@ -8,7 +8,7 @@ from ipaddress import IPv4Network, IPv6Network
 from typing import Protocol
 
 from gateway.errors import Unauthenticated
-from gateway.identity.networks import Networks
+from gateway.headers import is_trusted
 from gateway.identity.source import Source, checked_name, checked_user, values
 from gateway.types import Facts, Principal
 
@@ -36,13 +36,13 @@ class TrustedHeaderSource(Source):
         self._user = None if config.user is None else config.user.lower()
         self._plan = None if config.plan is None else config.plan.lower()
         self._default_plan = config.default_plan
-        self._networks = Networks(config.from_networks)
+        self._networks = config.from_networks
         self.asserted_headers = frozenset(
             name.encode() for name in (self._org, self._user, self._plan) if name is not None
         )
 
     async def identify(self, facts: Facts) -> Principal | None:
-        if facts.peer_ip not in self._networks:
+        if not is_trusted(facts.peer_ip, self._networks):
             return None
         org = _only_value(facts, self._org)
         if org is None:
