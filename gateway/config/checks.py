@@ -7,9 +7,10 @@ a value of the wrong type is simply not compared here, its own problem is the mo
 from collections.abc import Iterator, Sequence
 
 from gateway.config import rules
+from gateway.config.models import WebSocket
 from gateway.config.problems import Path, Problem, located, nearest, quoted, unknown
 from gateway.config.routes import covers
-from gateway.config.sections import Credits, Sessions, Stores
+from gateway.config.sections import Credits, Ejection, HealthCheck, Sessions, Stores, Upstream
 from gateway.config.source import Document, Plain
 from gateway.config.values import parse_duration
 
@@ -21,6 +22,7 @@ def problem(doc: Document, path: Path, text: str) -> Problem:
 
 def gateway(doc: Document, policy_names: Sequence[str] | None) -> Iterator[Problem]:
     """Every broken rule between the sections of gateway.yaml. `policy_names` is None when they cannot be known."""
+    yield from _upstreams(doc)
     yield from _routes(doc)
     yield from _plans(doc, policy_names)
     yield from _identity(doc)
@@ -69,6 +71,49 @@ def tokens_are_counted(gateway_doc: Document, policy_docs: Sequence[Document]) -
                 yield problem(doc, ("limits", index), text)
 
 
+def messages_are_counted(gateway_doc: Document, policy_docs: Sequence[Document]) -> Iterator[Problem]:
+    """A price for messages needs a route that counts them: nothing would ever be charged."""
+    routes = _list(gateway_doc, "routes")
+    if not routes or any(_keys(_keys(route).get("websocket")).get("count_messages", False) for route in routes):
+        return
+    for doc in policy_docs:
+        if _keys(_section(doc, "price")).get("per_message") not in (None, 0, "0"):
+            text = f"charges nothing: no route in {gateway_doc.file} says websocket: {{ count_messages: true }}"
+            yield problem(doc, ("price", "per_message"), text)
+
+
+def _upstreams(doc: Document) -> Iterator[Problem]:
+    for name, upstream in _keys(_section(doc, "upstreams")).items():
+        at, keys = ("upstreams", name), _keys(upstream)
+        targets = _items(keys.get("targets"))
+        mistakes = rules.targets_differ(targets)
+        connections_max = _whole(keys, "connections_max", Upstream(targets=("demo",)).connections_max)
+        if targets and connections_max is not None:
+            mistakes += rules.requests_fit(_whole(keys, "requests_max", None), connections_max, len(targets))
+        mistakes += rules.client_certificate(keys.get("client_cert_file"), keys.get("client_key_file"))
+        for mistake in mistakes:
+            yield _mistake(doc, at, mistake)
+        yield from _ejection(doc, (*at, "ejection"), _keys(keys.get("ejection")))
+        yield from _health_check(doc, (*at, "health_check"), _keys(keys.get("health_check")))
+
+
+def _ejection(doc: Document, path: Path, keys: dict[str, Plain]) -> Iterator[Problem]:
+    backoff_ms = _duration_ms(keys, "backoff", Ejection().backoff_ms)
+    backoff_max_ms = _duration_ms(keys, "backoff_max", Ejection().backoff_max_ms)
+    if backoff_ms is not None and backoff_max_ms is not None:
+        for mistake in rules.ejection(backoff_ms, backoff_max_ms):
+            yield _mistake(doc, path, mistake)
+
+
+def _health_check(doc: Document, path: Path, keys: dict[str, Plain]) -> Iterator[Problem]:
+    default = HealthCheck(path="/")
+    timeout_ms = _duration_ms(keys, "timeout", default.timeout_ms)
+    interval_ms = _duration_ms(keys, "interval", default.interval_ms)
+    if timeout_ms is not None and interval_ms is not None:
+        for mistake in rules.health_check(timeout_ms, interval_ms):
+            yield _mistake(doc, path, mistake)
+
+
 def _routes(doc: Document) -> Iterator[Problem]:
     upstreams = _keys(_section(doc, "upstreams"))
     earlier: list[tuple[int, str, frozenset[str]]] = []
@@ -78,6 +123,8 @@ def _routes(doc: Document) -> Iterator[Problem]:
         if isinstance(upstream, str) and upstreams and upstream not in upstreams:
             yield problem(doc, (*at, "upstream"), unknown("upstream", upstream, list(upstreams)))
         methods = _methods(keys.get("method"))
+        if keys.get("websocket") is not None:
+            yield from _websocket(doc, at, _keys(keys["websocket"]), methods or frozenset())
         if not isinstance(path, str) or methods is None:
             continue
         shadows = [(i, m) for i, p, m in earlier if covers(p, path) and (not m or not methods or m & methods)]
@@ -86,6 +133,16 @@ def _routes(doc: Document) -> Iterator[Problem]:
             by = " and ".join(f"routes[{i}] on line {doc.lines[('routes', i)]}" for i, _ in shadows)
             yield problem(doc, at, f"can never match: {by} already takes {_spoken(methods)} {path}")
         earlier.append((index, path, methods))
+
+
+def _websocket(doc: Document, at: Path, keys: dict[str, Plain], methods: frozenset[str]) -> Iterator[Problem]:
+    for mistake in rules.websocket_method(methods, True):
+        yield _mistake(doc, at, mistake)
+    idle_ms = _duration_ms(keys, "idle", WebSocket().idle_ms)
+    lifetime_ms = _duration_ms(keys, "lifetime", WebSocket().lifetime_ms)
+    if idle_ms is not None and lifetime_ms is not None:
+        for mistake in rules.websocket_times(idle_ms, lifetime_ms):
+            yield _mistake(doc, (*at, "websocket"), mistake)
 
 
 def _methods(value: Plain) -> frozenset[str] | None:
@@ -141,10 +198,8 @@ def _identity(doc: Document) -> Iterator[Problem]:
 
 
 def _one_process_for_embedded(doc: Document) -> Iterator[Problem]:
-    workers = _keys(_section(doc, "listen")).get("workers", 1)
-    if isinstance(workers, str) and workers.isascii() and workers.isdigit():
-        workers = int(workers[:9])
-    if not isinstance(workers, int) or workers <= 1:
+    workers = _whole(_keys(_section(doc, "listen")), "workers", 1)
+    if workers is None or workers <= 1:
         return
     stores, defaults = _keys(_section(doc, "stores")), Stores()
     written = {"redis": stores.get("redis", defaults.redis), "postgres": stores.get("postgres", defaults.postgres)}
@@ -173,6 +228,13 @@ def _times(doc: Document) -> Iterator[Problem]:
 
 def _mistake(doc: Document, path: Path, mistake: rules.Mistake) -> Problem:
     return problem(doc, (*path, mistake.field) if mistake.field else path, mistake.text)
+
+
+def _whole(section: dict[str, Plain], key: str, default: int | None) -> int | None:
+    value = section.get(key, default)
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        return int(value[:9])
+    return value if isinstance(value, int) else None
 
 
 def _duration_ms(section: dict[str, Plain], key: str, default_ms: int) -> int | None:

@@ -65,6 +65,7 @@ def _settle(
         problems.extend(checks.policy(doc))
     problems.extend(checks.policies_together(policies))
     problems.extend(checks.tokens_are_counted(document, policies))
+    problems.extend(checks.messages_are_counted(document, policies))
     names = None if policy_documents is None else list(_policy_names(policy_documents))
     problems.extend(checks.gateway(document, names))
     if problems or settings is None:

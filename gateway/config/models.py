@@ -171,6 +171,9 @@ class WebSocket(Section):
     #: For the closing handshake, once the gateway has begun it.
     close_timeout_ms: Annotated[int, duration("100ms", "1m")] = Field(default=5_000, alias="close_timeout")
 
+    def mistakes(self) -> list[rules.Mistake]:
+        return rules.websocket_times(self.idle_ms, self.lifetime_ms)
+
 
 class Route(Section):
     """Which requests go where. `path` is exact, or a prefix when it ends in `/*`; no `method` means all."""
@@ -203,7 +206,7 @@ class Route(Section):
     websocket: WebSocket | None = None
 
     def mistakes(self) -> list[rules.Mistake]:
-        return rules.route_path(self.path)
+        return [*rules.route_path(self.path), *rules.websocket_method(self.method or (), self.websocket is not None)]
 
     @property
     def name(self) -> str:

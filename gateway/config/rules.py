@@ -4,7 +4,7 @@ They are applied twice: by the models, so that no value can exist which breaks t
 written, so that they are reported together with every other mistake.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from gateway.config.values import format_duration
@@ -17,6 +17,10 @@ ROUTE_PATH = r"/(?:[A-Za-z0-9._~!$&'()+,;=:@/-]*(?:(?<=/)\*)?)"
 ROUTE_PATH_FORM = "a route path: it starts with '/', is written decoded, and may end in '/*' for everything below"
 #: The gateway's own endpoints; no route may take them.
 OWN_PREFIX = "/-/"
+
+#: What of a URL comes behind the host; RFC 3986 has no other characters there.
+CHECK_PATH = r"/[A-Za-z0-9._~!$&'()*+,;=:@/?%-]*"
+CHECK_PATH_FORM = "the path of a URL: it starts with '/', and other characters than RFC 3986's are escaped"
 
 SECRET_CHARS_MIN = 32
 
@@ -108,3 +112,50 @@ def route_path(path: str) -> list[Mistake]:
     if any(segment in (".", "..") for segment in path.split("/")):
         return [Mistake("'.' and '..' cannot stand in a route path: such requests match no route", "path")]
     return []
+
+
+def websocket_times(idle_ms: int, lifetime_ms: int) -> list[Mistake]:
+    if idle_ms <= lifetime_ms:
+        return []
+    return [Mistake(f"must not be longer than the lifetime, {format_duration(lifetime_ms)}", "idle")]
+
+
+def websocket_method(methods: Collection[str], has_websocket: bool) -> list[Mistake]:
+    """`methods` is empty for a route that takes all of them."""
+    if not has_websocket or not methods or "GET" in methods:
+        return []
+    return [Mistake("a WebSocket begins with a GET, which this route does not take", "websocket")]
+
+
+def ejection(backoff_ms: int, backoff_max_ms: int) -> list[Mistake]:
+    if backoff_ms <= backoff_max_ms:
+        return []
+    return [Mistake(f"must not be longer than backoff_max, {format_duration(backoff_max_ms)}", "backoff")]
+
+
+def health_check(timeout_ms: int, interval_ms: int) -> list[Mistake]:
+    if timeout_ms <= interval_ms:
+        return []
+    return [Mistake(f"must not be longer than the interval of {format_duration(interval_ms)}", "timeout")]
+
+
+def requests_fit(requests_max: int | None, connections_max: int, targets: int) -> list[Mistake]:
+    """A request in flight has a connection of its own."""
+    connections = connections_max * targets
+    if requests_max is None or requests_max <= connections:
+        return []
+    text = f"cannot be reached: connections_max allows {connections} to all targets, and each request needs one"
+    return [Mistake(text, "requests_max")]
+
+
+def targets_differ(targets: Sequence[object]) -> list[Mistake]:
+    """Each would be counted, ejected and given connections as if it were alone."""
+    urls = [target.rstrip("/").lower() for target in targets if isinstance(target, str)]
+    twice = sorted({url for url in urls if urls.count(url) > 1})
+    return [Mistake(f"'{url}' is there more than once", "targets") for url in twice]
+
+
+def client_certificate(cert_file: object, key_file: object) -> list[Mistake]:
+    if cert_file or not key_file:
+        return []
+    return [Mistake("a key proves nothing without its certificate: give client_cert_file", "client_key_file")]

@@ -1,6 +1,7 @@
 """One TCP or TLS connection to an upstream. Owns the socket, its back-pressure and its deadlines, not HTTP.
 
-    at rest (no exchange) ◄──► busy (one exchange) ──► closed
+    at rest (no user) ◄──► busy (one exchange) ──► closed
+                                └──► busy (one tunnel) ──► closed
 
 Bytes or an end of stream while at rest close it. Timers: a deadline is a number that each wait moves; the one timer
 of a connection is armed for the nearest deadline it knew and, when it rings too early, for the next. Requests that
@@ -8,13 +9,15 @@ come faster than their deadlines therefore set no timers at all.
 """
 
 import asyncio
+import select
 import ssl
 from math import inf
 from typing import Protocol, cast
 
 import httpx
 
-from gateway.upstream.exchange import Exchange
+from gateway.upstream.tls import remember_session
+from gateway.upstream.wire import User
 
 
 class Owner(Protocol):
@@ -30,12 +33,13 @@ class Connection(asyncio.Protocol):
     __slots__ = (
         "_alarm",
         "_alarm_at",
-        "_drained",
-        "_exchange",
+        "_drains",
         "_loop",
         "_owner",
+        "_poll",
         "_read_by",
         "_transport",
+        "_user",
         "_write_by",
         "_write_paused",
         "closed",
@@ -46,27 +50,35 @@ class Connection(asyncio.Protocol):
         self._owner = owner
         self._loop = loop
         self._transport: asyncio.Transport | None = None
-        self._exchange: Exchange | None = None
+        self._user: User | None = None
+        self._poll: select.poll | None = None
         self._write_paused = False
-        self._drained: asyncio.Future[None] | None = None
+        self._drains: set[asyncio.Future[None]] = set()
         self._read_by = self._write_by = self._alarm_at = inf
         self._alarm: asyncio.TimerHandle | None = None
         #: An earlier exchange went well on this connection.
         self.reused = False
         self.closed = False
 
-    def begin(self, exchange: Exchange) -> None:
-        """The connection belongs to `exchange` until that calls `finish` or `abort`."""
-        self._exchange = exchange
+    def begin(self, exchange: User) -> None:
+        """The connection belongs to `exchange` until that calls `finish`, `hand_over` or `abort`."""
+        self._user = exchange
         self._read_by = inf
 
     def rest(self, keepalive_s: float) -> None:
         """At rest: closed by itself after `keepalive_s`."""
         self.watch_reading(keepalive_s)
 
-    def rested_out(self) -> bool:
-        """The time at rest is over, even if the loop was too busy to say so."""
-        return self._read_by <= self._loop.time()
+    def ready(self) -> bool:
+        """A kept connection may be used: its time at rest is not over, and nothing has come from the upstream, not
+        even bytes or an end that wait in the socket because the loop was too busy to read them.
+
+        Without the look into the socket (0.4 us) every request that races the upstream's own idle timeout would fail,
+        and most cannot be sent again. What remains of the race is the way of the packets.
+        """
+        if self._read_by <= self._loop.time():
+            return False
+        return self._poll is None or not self._poll.poll(0)
 
     # -- Wire ----------------------------------------------------------------------------------------------------
 
@@ -75,18 +87,21 @@ class Connection(asyncio.Protocol):
             self._transport.write(data)
 
     async def drain(self, timeout_s: float) -> None:
-        """The socket takes more. A deadline that passes fails the exchange, which cancels this wait."""
+        """The socket takes more, or is closed. A deadline that passes fails the user of the connection."""
         if not self._write_paused or self.closed:
             return
-        drained = self._drained = self._loop.create_future()
-        self._write_by = self._loop.time() + timeout_s
-        if self._write_by < self._alarm_at:
-            self._arm(self._write_by)
+        drained = self._loop.create_future()
+        if not self._drains:
+            self._write_by = self._loop.time() + timeout_s
+            if self._write_by < self._alarm_at:
+                self._arm(self._write_by)
+        self._drains.add(drained)
         try:
             await drained
         finally:
-            self._drained = None
-            self._write_by = inf
+            self._drains.discard(drained)
+            if not self._drains:
+                self._write_by = inf
 
     def watch_reading(self, timeout_s: float) -> None:
         self._read_by = read_by = self._loop.time() + timeout_s
@@ -104,15 +119,29 @@ class Connection(asyncio.Protocol):
         if self._transport is not None and not self.closed:
             self._transport.resume_reading()
 
+    def hand_over(self, user: User) -> None:
+        """The connection belongs to `user` from now on, for good."""
+        self._user = user
+        self._read_by = inf
+
     def finish(self, reusable: bool) -> None:
         """The exchange is over. Request bytes that still wait to be written make the connection useless too."""
-        self._exchange = None
+        self._user = None
         self._read_by = self._write_by = inf
+        if not self.reused:
+            tls = self._tls()
+            if tls is not None:
+                remember_session(tls)
         if not reusable or self._transport is None or self._write_paused or self._transport.get_write_buffer_size():
             self.abort()
             return
         self.reused = True
         self._owner.released(self)
+
+    def close(self) -> None:
+        """Closed when everything is written; the user is told so by `ended`."""
+        if self._transport is not None and not self.closed:
+            self._transport.close()
 
     def abort(self) -> None:
         """Closed at once, counted out at once."""
@@ -122,58 +151,59 @@ class Connection(asyncio.Protocol):
             transport.abort()
 
     def kill(self, error: Exception) -> None:
-        """Closed at once; an exchange that is under way fails with `error`."""
-        exchange = self._exchange
+        """Closed at once; an exchange or tunnel that is under way fails with `error`."""
+        user = self._user
         self.abort()
-        if exchange is not None:
-            exchange.fail(error)
+        if user is not None:
+            user.fail(error)
 
-    def _ended_in_order(self) -> bool:
-        """False when a TLS stream was cut by somebody who cannot sign its end (RFC 9112 §9.8).
-
-        asyncio does not tell the two apart; the TLS object does: it reads b"" after a close_notify only.
-        """
-        transport = self._transport
-        tls: ssl.SSLObject | None = None if transport is None else transport.get_extra_info("ssl_object")
-        try:
-            return tls is None or tls.read(1) == b""
-        except ssl.SSLError:
-            return False
+    def _tls(self) -> ssl.SSLObject | None:
+        tls: ssl.SSLObject | None = None
+        if self._transport is not None:
+            tls = self._transport.get_extra_info("ssl_object")
+        return tls
 
     def _close(self) -> None:
         if self.closed:
             return
         self.closed = True
-        self._exchange = None
+        self._user = None
         self._read_by = self._write_by = inf
         if self._alarm is not None:
             self._alarm.cancel()
             self._alarm = None
+        self._may_write()
         self._owner.lost(self)
 
     # -- asyncio.Protocol ----------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's and TLS transports are no subclasses
+        if hasattr(select, "poll"):  # not on Windows
+            self._poll = select.poll()
+            self._poll.register(transport.get_extra_info("socket"), select.POLLIN)
 
     def data_received(self, data: bytes) -> None:
-        exchange = self._exchange
-        if exchange is not None:
-            exchange.feed(data)
+        user = self._user
+        if user is not None:
+            user.feed(data)
         else:
             self.abort()  # nobody asked: what follows could be taken for the answer to the next request
 
-    def eof_received(self) -> None:
-        exchange = self._exchange
-        if exchange is not None:
-            exchange.ended(None if self._ended_in_order() else ConnectionResetError("TLS ended without close_notify"))
+    def eof_received(self) -> bool:
+        user = self._user
+        tls = self._tls()
+        if user is not None and user.ended(_end_of(tls)):
+            # TLS cannot be closed in one direction: what waits is still written, then the transport closes itself.
+            return tls is None
         self.abort()
+        return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        exchange = self._exchange
+        user = self._user
         # Without eof_received this is no orderly end, not even if exc is None.
-        if exchange is not None:
-            exchange.ended(exc or ConnectionResetError("connection lost"))
+        if user is not None:
+            user.ended(exc or ConnectionResetError("connection lost"))
         self._close()
         self._transport = None
 
@@ -182,8 +212,12 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._write_paused = False
-        if self._drained is not None and not self._drained.done():
-            self._drained.set_result(None)
+        self._may_write()
+
+    def _may_write(self) -> None:
+        for drained in self._drains:
+            if not drained.done():
+                drained.set_result(None)
 
     # -- deadlines -----------------------------------------------------------------------------------------------
 
@@ -202,10 +236,23 @@ class Connection(asyncio.Protocol):
         # Both loops read sockets before they run timers, so bytes that waited while the loop was busy came in time.
         if due > self._loop.time():
             self._arm(due)
-        elif self._exchange is not None:
-            self._exchange.expired(writing=self._write_by <= self._read_by)
+        elif self._user is not None:
+            self._user.expired(writing=self._write_by <= self._read_by)
         else:
             self.abort()
+
+
+def _end_of(tls: ssl.SSLObject | None) -> Exception | None:
+    """None unless a TLS stream was cut by somebody who cannot sign its end (RFC 9112 §9.8).
+
+    asyncio does not tell the two apart; the TLS object does: it reads b"" after a close_notify only.
+    """
+    try:
+        if tls is None or tls.read(1) == b"":
+            return None
+    except ssl.SSLError as exc:
+        return exc
+    return ConnectionResetError("TLS ended without close_notify")
 
 
 def closing() -> httpx.ReadError:

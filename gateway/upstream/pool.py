@@ -14,6 +14,7 @@ import httpx
 
 from gateway.upstream.connection import Connection, closing
 from gateway.upstream.timeouts import Deadlines
+from gateway.upstream.tls import forget_session
 
 #: Requests that may wait for a connection to one origin; their deadline bounds them in time.
 WAITERS_MAX = 4_096
@@ -62,22 +63,30 @@ class Pool:
         """The connection used last, or None: then `wait`."""
         while self._idle:
             connection, _ = self._idle.popitem()
-            if not connection.rested_out():
+            if connection.ready():
                 return connection
             connection.abort()
         return None
 
     async def wait(self, deadlines: Deadlines) -> Connection:
         """A connection, in order of asking. Raises PoolTimeout, ConnectTimeout, ConnectError; nothing was sent then."""
+        patience_until = asyncio.get_running_loop().time() + deadlines.pool_s
+        first = False
         while True:
-            connection = await self._next(deadlines)
-            if not connection.closed:
+            connection = await self._next(deadlines, patience_until, first)
+            if connection.reused:
+                if not connection.closed and connection.ready():
+                    return connection
+                connection.abort()
+            elif not connection.closed:
                 return connection
-            # Closed between being handed over and here. Old ones run out; a new one says the upstream wants nobody.
-            if not connection.reused:
+            else:
+                # Old ones run out; a new one says that the upstream wants nobody.
                 raise httpx.ConnectError("The upstream closed the new connection at once.")
+            # Closed between being handed over and here: whose turn it was, it still is.
+            first = True
 
-    async def _next(self, deadlines: Deadlines) -> Connection:
+    async def _next(self, deadlines: Deadlines, patience_until: float, first: bool) -> Connection:
         if self._closed:
             raise httpx.ConnectError("The transport is closed.")
         if len(self._waiters) >= WAITERS_MAX:
@@ -85,11 +94,13 @@ class Pool:
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[Connection] = loop.create_future()
         self._waiters[waiter] = deadlines
+        if first:
+            self._waiters.move_to_end(waiter, last=False)
         self._dial_for_waiters()
         # Whoever has a dial coming waits for its outcome, which says better what is wrong.
         dialled = len(self._dials) >= len(self._waiters)
-        patience_s = deadlines.pool_s + (deadlines.connect_s if dialled else 0.0)
-        timer = None if patience_s == inf else loop.call_later(patience_s, _give_up, waiter)
+        give_up_at = patience_until + (deadlines.connect_s if dialled else 0.0)
+        timer = None if give_up_at == inf else loop.call_at(give_up_at, _give_up, waiter)
         try:
             return await waiter
         except asyncio.CancelledError:
@@ -195,10 +206,14 @@ async def dial(origin: Origin, pool: Pool, timeout_s: float) -> Connection:
                 origin.host,
                 origin.port,
                 ssl=origin.tls,
-                server_hostname=origin.host if origin.tls is not None else None,
+                server_hostname=None if origin.tls is None else origin.host,
+                # asyncio's own deadline for the handshake (60 s) must not come before ours.
+                ssl_handshake_timeout=None if origin.tls is None or timeout_s == inf else timeout_s,
             )
     except TimeoutError as exc:
         raise httpx.ConnectTimeout("The upstream did not accept the connection in time.") from exc
     except (OSError, UnicodeError) as exc:  # ssl.SSLError is an OSError; UnicodeError: a name that IDNA refuses
+        if origin.tls is not None:
+            forget_session(origin.tls, origin.host)
         raise httpx.ConnectError(str(exc) or type(exc).__name__) from exc
     return connection

@@ -1,16 +1,22 @@
-"""Where an upstream is: its targets' URLs, whose turn it is, and the transport to them.
+"""Where an upstream is: its targets' URLs, what is known of each, and the transport to them.
 
 Owns what is read of the configuration. The models of `config` satisfy the protocols here.
 """
 
 import ssl
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import httpx
 
 from gateway.errors import ConfigError
+from gateway.upstream.balance import Balancer
+from gateway.upstream.gate import Gate
+from gateway.upstream.standing import EjectionRules, Standing
 from gateway.upstream.timeouts import Timeouts
-from gateway.upstream.transport import Transport, tls_context
+from gateway.upstream.tls import tls_context
+from gateway.upstream.transport import Transport
 
 #: Parsed URLs kept per target, and the longest request target worth keeping: at most 2 MiB of keys.
 _URLS_MAX = 4_096
@@ -38,21 +44,36 @@ class UpstreamConfig(Protocol):
     @property
     def timeouts(self) -> UpstreamTimeouts: ...
     @property
+    def host(self) -> Literal["target", "client"]: ...
+    @property
     def connections_max(self) -> int: ...
+    @property
+    def requests_max(self) -> int | None: ...
+    @property
+    def queue_max(self) -> int: ...
+    @property
+    def queue_timeout_ms(self) -> int: ...
+    @property
+    def ejection(self) -> EjectionRules: ...
     @property
     def keepalive_ms(self) -> int: ...
     @property
     def tls_verify(self) -> bool: ...
     @property
     def ca_file(self) -> str | None: ...
+    @property
+    def client_cert_file(self) -> str | None: ...
+    @property
+    def client_key_file(self) -> str | None: ...
 
 
 class Target:
-    """One URL of an upstream, split into what every request needs of it."""
+    """One URL of an upstream, split into what every request needs of it, and how things are there."""
 
-    __slots__ = ("_origin", "_urls", "authority", "base", "prefix")
+    __slots__ = ("_urls", "authority", "base", "origin", "outstanding", "prefix", "standing")
 
-    def __init__(self, upstream: str, url: str) -> None:
+    def __init__(self, upstream: str, url: str, ejection: EjectionRules, clock: Callable[[], float]) -> None:
+        """clock: monotonic seconds. Raises ConfigError."""
         try:
             base = httpx.URL(url)
         except httpx.InvalidURL as exc:
@@ -62,8 +83,12 @@ class Target:
         self.base = base
         self.authority: bytes = base.netloc
         self.prefix: bytes = base.raw_path.rstrip(b"/")
-        self._origin = f"{base.scheme}://{self.authority.decode('ascii')}"
+        #: `http://host:port`, without a path.
+        self.origin = f"{base.scheme}://{self.authority.decode('ascii')}"
         self._urls: dict[bytes, httpx.URL] = {}
+        #: Requests sent there and not over.
+        self.outstanding = 0
+        self.standing = Standing(upstream, self.origin, ejection, clock)
 
     def url(self, target: bytes) -> httpx.URL:
         """The whole URL of a request, for transports that route by it; ours sends `target` itself."""
@@ -71,7 +96,7 @@ class Target:
         if url is not None:
             return url
         try:
-            url = httpx.URL(self._origin + (self.prefix + target).decode("latin-1"))
+            url = httpx.URL(self.origin + (self.prefix + target).decode("latin-1"))
         except httpx.InvalidURL:
             return self.base  # httpx is stricter than the wire
         if len(target) <= _URL_BYTES_MAX:
@@ -81,32 +106,35 @@ class Target:
         return url
 
 
+@dataclass(frozen=True, slots=True)
 class Upstream:
-    """The targets of one upstream and the transport to them."""
+    """The targets of one upstream, the way to them, and how many requests may be on it."""
 
-    __slots__ = ("_next", "targets", "transport")
-
-    def __init__(self, targets: tuple[Target, ...], transport: httpx.AsyncBaseTransport) -> None:
-        self.targets = targets
-        self.transport = transport
-        self._next = 0
-
-    def in_turn(self) -> tuple[Target, ...]:
-        """All targets, each call beginning with the next one."""
-        if len(self.targets) == 1:
-            return self.targets
-        first = self._next
-        self._next = (first + 1) % len(self.targets)
-        return self.targets[first:] + self.targets[:first]
+    targets: tuple[Target, ...]
+    transport: httpx.AsyncBaseTransport
+    balancer: Balancer[Target]
+    gate: Gate
+    #: It sees the Host that the client used instead of its own.
+    keeps_host: bool
 
 
-def transport_for(name: str, config: UpstreamConfig) -> Transport:
-    tls: ssl.SSLContext | None = None
-    if any(url.lower().startswith("https:") for url in config.targets):
-        try:
-            tls = tls_context(verify=config.tls_verify, ca_file=config.ca_file)
-        except OSError as exc:
-            raise ConfigError([f"upstreams.{name}.ca_file: {config.ca_file} cannot be used: {exc}"]) from exc
+def open_upstream(
+    name: str, config: UpstreamConfig, transport: httpx.AsyncBaseTransport, clock: Callable[[], float]
+) -> Upstream:
+    """The upstream `name` as configured, reached through `transport`. clock: monotonic seconds. Raises ConfigError."""
+    targets = tuple(Target(name, url, config.ejection, clock) for url in config.targets)
+    requests_max = config.requests_max or config.connections_max * len(targets)
+    return Upstream(
+        targets,
+        transport,
+        Balancer(targets),
+        Gate(requests_max, config.queue_max, config.queue_timeout_ms),
+        config.host == "client",
+    )
+
+
+def transport_for(config: UpstreamConfig, tls: ssl.SSLContext | None) -> Transport:
+    """Connections for requests."""
     timeouts = config.timeouts
     return Transport(
         timeouts=Timeouts(
@@ -114,10 +142,34 @@ def transport_for(name: str, config: UpstreamConfig) -> Transport:
             first_byte_ms=timeouts.first_byte_ms,
             idle_ms=timeouts.idle_ms,
             write_ms=timeouts.write_ms,
-            # Whether the upstream or its last free connection keeps a request waiting is the same to the client.
-            pool_ms=timeouts.connect_ms,
+            # Waiting is the queue's business; who waits behind it, for a target that is alone for a while, waits in
+            # another one like it.
+            pool_ms=config.queue_timeout_ms,
         ),
         connections_max=config.connections_max,
         keepalive_ms=config.keepalive_ms,
         tls=tls,
     )
+
+
+def transport_for_checks(timeout_ms: int, tls: ssl.SSLContext | None) -> Transport:
+    """A new connection for every health check, so that what keeps a target busy is not taken for what ails it."""
+    timeouts = Timeouts(timeout_ms, timeout_ms, timeout_ms, timeout_ms, timeout_ms)
+    return Transport(timeouts=timeouts, connections_max=1, keepalive_ms=0, tls=tls)
+
+
+def tls_for(name: str, config: UpstreamConfig) -> ssl.SSLContext | None:
+    """How targets of the upstream `name` are trusted, None when none of them speaks TLS. Raises ConfigError."""
+    if not any(url.lower().startswith("https:") for url in config.targets):
+        return None
+    verify, ca_file, cert_file = config.tls_verify, config.ca_file, config.client_cert_file
+    try:
+        tls = tls_context(verify=verify, ca_file=ca_file)
+    except OSError as exc:
+        raise ConfigError([f"upstreams.{name}.ca_file: {ca_file} cannot be used: {exc}"]) from exc
+    if cert_file is None:
+        return tls
+    try:
+        return tls_context(verify=verify, ca_file=ca_file, cert_file=cert_file, key_file=config.client_key_file)
+    except OSError as exc:
+        raise ConfigError([f"upstreams.{name}.client_cert_file: {cert_file} cannot be used: {exc}"]) from exc

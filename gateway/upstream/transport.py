@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import httpx
 
-from gateway.upstream.exchange import Exchange
+from gateway.upstream.exchange import Exchange, Interim
 from gateway.upstream.pool import Origin, Pool, dial
 from gateway.upstream.request import compose
 from gateway.upstream.timeouts import Deadlines, Timeouts
+from gateway.upstream.tls import tls_context
 from gateway.upstream.wire import StaleConnection
 
 HEAD_BYTES_MAX = 65_536
@@ -40,9 +41,13 @@ class Transport(httpx.AsyncBaseTransport):
     """Sends requests exactly as given and returns answers exactly as received, chunked coding apart.
 
     Request extensions: `target` (bytes, instead of the URL's path and query), `timeout` (seconds: connect, first_byte,
-    read, write, pool). `reached` is set there to whether a byte of the request may have been sent, and `exchange` to
-    the exchange, whose `sent` says whether every byte was.
-    Response extensions: http_version, reason_phrase, trailers (filled when the body has ended), request_sent.
+    read, write, pool), `interim` (awaited with status, reason and fields of every 1xx before the answer; without it
+    they are dropped), `trailers` (a list of fields, sent behind a streamed body in chunks when that has ended).
+    `reached` is set there to whether a byte of the request may have been sent, and `exchange` to the exchange, whose
+    `sent` says whether every byte was.
+    Response extensions: http_version, reason_phrase, framing, trailers (filled when the body has ended), request_sent,
+    and after a 101 to a request with Upgrade also network_stream, a `Tunnel`. The stream is an `Exchange`, which has
+    `pieces`; closing it closes the tunnel too.
     """
 
     def __init__(
@@ -83,7 +88,8 @@ class Transport(httpx.AsyncBaseTransport):
         extensions["exchange"] = exchange
         try:
             exchange.send(outgoing)
-            await exchange.head()
+            interim: Interim | None = extensions.get("interim")
+            await exchange.head(interim)
         except StaleConnection:
             pool.drop_idle()
             await exchange.aclose()
@@ -91,17 +97,17 @@ class Transport(httpx.AsyncBaseTransport):
         except BaseException:
             await exchange.aclose()
             raise
-        return httpx.Response(
-            exchange.status,
-            headers=exchange.headers,
-            stream=exchange,
-            extensions={
-                "http_version": exchange.version,
-                "reason_phrase": exchange.reason,
-                "trailers": exchange.trailers,
-                "request_sent": exchange.sent,
-            },
-        )
+        incoming = exchange.incoming
+        found: dict[str, object] = {
+            "http_version": incoming.version,
+            "reason_phrase": incoming.reason,
+            "framing": incoming.framing,
+            "trailers": incoming.trailers,
+            "request_sent": exchange.sent,
+        }
+        if exchange.tunnel is not None:
+            found["network_stream"] = exchange.tunnel
+        return httpx.Response(incoming.status, headers=incoming.headers, stream=exchange, extensions=found)
 
     async def probe(self, url: httpx.URL) -> None:
         """The origin of `url` accepts connections, TLS included. Raises ConnectError or ConnectTimeout."""
@@ -135,13 +141,3 @@ class Transport(httpx.AsyncBaseTransport):
             self._tls = tls_context()
         # raw_host is the IDNA form, and an IPv6 address without its brackets.
         return Origin(url.raw_host.decode("ascii"), port, self._tls if url.scheme == "https" else None)
-
-
-def tls_context(*, verify: bool = True, ca_file: str | None = None) -> ssl.SSLContext:
-    """A client context for HTTP/1.1. ca_file: PEM of authorities to trust instead of the system's."""
-    context = ssl.create_default_context(cafile=ca_file)
-    context.set_alpn_protocols(["http/1.1"])
-    if not verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context

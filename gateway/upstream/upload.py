@@ -5,11 +5,11 @@ for the exchange is told to it through two callbacks.
 """
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
 
 import httpx
 
-from gateway.upstream.request import Outgoing
+from gateway.upstream.request import Outgoing, last_chunk
 from gateway.upstream.wire import Wire
 
 #: Size of the pieces that bytes are written in; smaller bodies need no upload.
@@ -21,11 +21,12 @@ _END_S = 1.0
 class Upload:
     """Writes the body of `outgoing` from now on.
 
-    sent: called once every byte was handed to the socket. failed: called with what ended the upload before that, or
-    with LocalProtocolError for a body that is longer than announced; never after `stop`.
+    begun: called before the first byte of the body is written. sent: called once every byte was handed to the socket.
+    failed: called with what ended the upload before that, or with LocalProtocolError for a body that is longer than
+    announced or for trailers that cannot be sent; never after `stop`.
     """
 
-    __slots__ = ("_failed", "_sent", "_stopped", "_task", "_wire", "_write_s")
+    __slots__ = ("_begun", "_failed", "_sent", "_stopped", "_task", "_wire", "_write_s")
 
     def __init__(
         self,
@@ -33,19 +34,21 @@ class Upload:
         wire: Wire,
         outgoing: Outgoing,
         write_s: float,
+        begun: Callable[[], None],
         sent: Callable[[], None],
         failed: Callable[[BaseException], None],
     ) -> None:
         self._wire = wire
         self._write_s = write_s
+        self._begun = begun
         self._sent = sent
         self._failed = failed
         self._stopped = False
         body = outgoing.body
         if isinstance(body, bytes):
-            sending = self._send(_slices(body), len(body))
+            sending = self._send(_slices(body), len(body), ())
         else:
-            sending = self._send(body, outgoing.length_bytes)
+            sending = self._send(body, outgoing.length_bytes, outgoing.trailers)
         self._task = loop.create_task(sending)
         self._task.add_done_callback(self._ended)
 
@@ -59,7 +62,12 @@ class Upload:
         if not self._task.done():
             await asyncio.wait({self._task}, timeout=_END_S)
 
-    async def _send(self, body: AsyncIterable[bytes | memoryview], length_bytes: int | None) -> None:
+    async def _send(
+        self,
+        body: AsyncIterable[bytes | memoryview],
+        length_bytes: int | None,
+        trailers: Sequence[tuple[bytes, bytes]],
+    ) -> None:
         wire, sent_bytes = self._wire, 0
         if length_bytes == 0:
             self._sent()
@@ -68,6 +76,8 @@ class Upload:
                 return  # `body` ignores its cancellation; the connection may be somebody else's by now
             if not piece:
                 continue
+            if not sent_bytes:
+                self._begun()
             sent_bytes += len(piece)
             if length_bytes is None:
                 wire.write(b"".join((b"%x\r\n" % len(piece), piece, b"\r\n")))
@@ -81,7 +91,7 @@ class Upload:
         if self._stopped:
             return
         if length_bytes is None:
-            wire.write(b"0\r\n\r\n")
+            wire.write(last_chunk(trailers))
             self._sent()
         elif sent_bytes != length_bytes:
             raise httpx.LocalProtocolError(f"The body ended after {sent_bytes} of {length_bytes} bytes.")

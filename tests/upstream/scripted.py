@@ -75,7 +75,10 @@ async def answer_ok(peer: Peer) -> None:
 class Server:
     """Listens on a port of its own; `script` runs for every connection and ends it."""
 
-    def __init__(self, script: Script = answer_ok, *, host: str = "127.0.0.1", tls: ssl.SSLContext | None = None):
+    def __init__(
+        self, script: Script = answer_ok, *, host: str = "127.0.0.1", port: int = 0, tls: ssl.SSLContext | None = None
+    ) -> None:
+        """port: 0 for any that is free."""
         self.script = script
         self.connections = 0
         self.failures: list[BaseException] = []
@@ -83,10 +86,10 @@ class Server:
         self._tls = tls
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
-        self.port = 0
+        self.port = port
 
     async def __aenter__(self) -> "Server":
-        self._server = await asyncio.start_server(self._accepted, self._host, 0, ssl=self._tls, limit=1_000_000)
+        self._server = await asyncio.start_server(self._accepted, self._host, self.port, ssl=self._tls, limit=1_000_000)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from typing import Literal
 
 import httpx
 import pytest
@@ -10,19 +10,10 @@ import respx
 
 from gateway import errors
 from gateway.upstream import Timeouts, Upstreams
+from tests.upstream.configured import Config
 from tests.upstream.scripted import OK, Peer, Server, answering, until
 
 HEADERS = [(b"Host", b"client.example"), (b"X-A", b"1")]
-
-
-@dataclass(frozen=True)
-class Config:
-    targets: tuple[str, ...]
-    timeouts: Timeouts = Timeouts()
-    connections_max: int = 8
-    keepalive_ms: int = 4_000
-    tls_verify: bool = True
-    ca_file: str | None = None
 
 
 @pytest.fixture
@@ -40,7 +31,7 @@ async def ask(
     body: bytes | AsyncIterator[bytes] | None = None,
 ) -> tuple[int, bytes]:
     async with upstreams.forward("ai", method, target, headers, body) as answer:
-        return answer.status, b"".join([chunk async for chunk in answer.chunks])
+        return answer.status, b"".join([piece async for pieces in answer.pieces for piece in pieces])
 
 
 def in_use(upstreams: Upstreams) -> int:
@@ -55,11 +46,13 @@ async def test_the_answer_passes_as_it_came(server: Server, upstreams: Upstreams
     async with upstreams.forward("ai", "GET", b"/", HEADERS, None) as answer:
         assert (answer.status, answer.reason, answer.sent) == (418, b"Short And Stout", True)
         assert answer.headers == [(b"X-b", b"1"), (b"x-B", b"2"), (b"Transfer-Encoding", b"chunked")]
-        assert [chunk async for chunk in answer.chunks] == [b"tea"]
+        assert (answer.framing, answer.tunnel) == ("chunked", None)
+        assert [piece async for pieces in answer.pieces for piece in pieces] == [b"tea"]
         assert answer.trailers == [(b"X-Sum", b"3")]
 
 
-async def test_target_path_prefix_and_host(server: Server) -> None:
+def heads_of(server: Server) -> list[bytes]:
+    """The heads the server gets from now on; it answers each with OK."""
     heads: list[bytes] = []
 
     async def script(peer: Peer) -> None:
@@ -68,15 +61,57 @@ async def test_target_path_prefix_and_host(server: Server) -> None:
             await peer.send(OK)
 
     server.script = script
+    return heads
+
+
+async def test_target_path_and_prefix(server: Server) -> None:
+    heads = heads_of(server)
     upstreams = Upstreams({"ai": Config((server.origin + "/base/",))})
     await ask(upstreams, target=b"/a%2fb?x=%20#y")
-    await ask(upstreams, target=b"//other/..", headers=[(b"X-A", b"1")])
-    authority = b"127.0.0.1:%d" % server.port
-    assert heads == [
-        b"GET /base/a%2fb?x=%20#y HTTP/1.1\r\nHost: client.example\r\nX-A: 1\r\n\r\n",
-        b"GET /base//other/.. HTTP/1.1\r\nHost: " + authority + b"\r\nX-A: 1\r\n\r\n",
+    await ask(upstreams, target=b"//other/..")
+    assert [head.partition(b"\r\n")[0] for head in heads] == [
+        b"GET /base/a%2fb?x=%20#y HTTP/1.1",
+        b"GET /base//other/.. HTTP/1.1",
     ]
     await upstreams.aclose()
+
+
+@pytest.mark.parametrize("method", ["GET", "Query", "x-custom"])
+async def test_the_method_goes_out_as_it_is(server: Server, upstreams: Upstreams, method: str) -> None:
+    heads = heads_of(server)
+    await ask(upstreams, method)
+    assert heads[0].startswith(method.encode() + b" /")
+
+
+@pytest.mark.parametrize(
+    ("given", "seen_by_target", "seen_by_client"),
+    [
+        (
+            [(b"Accept", b"*/*"), (b"hOST", b"client.example"), (b"X-A", b"1")],
+            b"Accept: */*\r\nhOST: AUTHORITY\r\nX-A: 1",
+            b"Accept: */*\r\nhOST: client.example\r\nX-A: 1",
+        ),
+        ([(b"X-A", b"1")], b"Host: AUTHORITY\r\nX-A: 1", b"Host: AUTHORITY\r\nX-A: 1"),
+        (
+            [(b"Host", b"a"), (b"X-A", b"1"), (b"host", b"b")],
+            b"Host: AUTHORITY\r\nX-A: 1",
+            b"Host: a\r\nX-A: 1\r\nhost: b",
+        ),
+    ],
+    ids=["in its place", "none given", "two given"],
+)
+async def test_whose_host_the_upstream_sees(
+    server: Server, given: list[tuple[bytes, bytes]], seen_by_target: bytes, seen_by_client: bytes
+) -> None:
+    heads = heads_of(server)
+    hosts: tuple[Literal["target", "client"], ...] = ("target", "client")
+    for host in hosts:
+        upstreams = Upstreams({"ai": Config((server.origin,), host=host)})
+        await ask(upstreams, headers=list(given))
+        await upstreams.aclose()
+    authority = b"127.0.0.1:%d" % server.port
+    expected = [seen.replace(b"AUTHORITY", authority) for seen in (seen_by_target, seen_by_client)]
+    assert [head.partition(b"\r\n")[2].removesuffix(b"\r\n\r\n") for head in heads] == expected
 
 
 @pytest.mark.parametrize("target", [b"@evil.example/", b":1/", b"", b"http://evil.example/", b"*"])
@@ -94,7 +129,7 @@ async def test_targets_take_turns_and_the_dead_are_skipped(server: Server) -> No
     async with Server(answering(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\ntwo")) as second, Server() as dead:
         await dead.__aexit__(None, None, None)
         upstreams = Upstreams({"ai": Config((server.origin, dead.origin, second.origin))})
-        assert [(await ask(upstreams, "POST", body=b"x"))[1] for _ in range(6)] == [b"ok", b"two", b"two"] * 2
+        assert [(await ask(upstreams, "POST", body=b"x"))[1] for _ in range(10)] == [b"ok", b"two"] * 5
         await upstreams.aclose()
 
 
@@ -127,18 +162,26 @@ async def test_a_connect_timeout_is_a_504_that_never_reached(server: Server) -> 
     await upstreams.aclose()
 
 
-async def test_a_full_pool_never_reached(server: Server) -> None:
+async def test_a_full_pool_is_busy_and_never_reached(server: Server) -> None:
     async def script(peer: Peer) -> None:
         await peer.request()
         await peer.closed()
 
     server.script = script
-    upstreams = Upstreams({"ai": Config((server.origin,), Timeouts(connect_ms=30), connections_max=1)})
+    config = Config((server.origin,), connections_max=1, requests_max=2, queue_timeout_ms=30)
+    upstreams = Upstreams({"ai": config})
     first = asyncio.ensure_future(ask(upstreams))
     await until(lambda: in_use(upstreams) == 1)
-    with pytest.raises(errors.UpstreamUnreachable) as caught:
+    with pytest.raises(errors.UpstreamBusy) as caught:
         await ask(upstreams)
     assert caught.value.reached is False
+    refusal = caught.value.refusal()
+    assert (refusal.status, refusal.code, refusal.retry_after_ms, refusal.should_retry) == (
+        503,
+        "upstream_busy",
+        1_000,
+        True,
+    )
     first.cancel()
     await asyncio.wait({first})
     await upstreams.aclose()
@@ -169,8 +212,8 @@ async def test_failures_within_the_body_are_mapped(server: Server, upstreams: Up
     seen = b""
     with pytest.raises(errors.UpstreamBroke if end == "close" else errors.UpstreamTimeout):
         async with upstreams.forward("ai", "GET", b"/", HEADERS, None) as answer:
-            async for chunk in answer.chunks:
-                seen += chunk
+            async for pieces in answer.pieces:
+                seen += b"".join(pieces)
     assert seen == b"part"
     assert in_use(upstreams) == 0
 
@@ -186,7 +229,7 @@ async def test_leaving_the_block_early_closes_the_connection(server: Server, ups
 
     server.script = script
     async with upstreams.forward("ai", "GET", b"/", HEADERS, None) as answer:
-        assert await anext(answer.chunks) == b"part"
+        assert await anext(answer.pieces) == [b"part"]
     assert in_use(upstreams) == 0
     await asyncio.wait_for(gone.wait(), 2)
 
@@ -316,8 +359,8 @@ async def test_any_httpx_transport_can_stand_in() -> None:
     async with upstreams.forward("ai", "POST", b"/v1/chat?x=1", HEADERS, b"body") as answer:
         assert (answer.status, answer.sent) == (201, True)
         assert (b"X-A", b"1") in answer.headers
-        assert [chunk async for chunk in answer.chunks] == [b"hello"]
-    assert route.calls.last.request.headers["host"] == "client.example"
+        assert [piece async for pieces in answer.pieces for piece in pieces] == [b"hello"]
+    assert route.calls.last.request.headers["host"] == "ai:3000"
     assert route.calls.last.request.read() == b"body"
     down = upstreams.forward("ai", "GET", b"/down", HEADERS, None)
     with pytest.raises(errors.UpstreamUnreachable):
@@ -329,7 +372,7 @@ async def test_any_httpx_transport_can_stand_in() -> None:
     assert slow.reached is True
     assert await upstreams.fetch("http://ai:3000/base/keys", timeout_ms=1_000, bytes_max=10) == b"{}"
     await upstreams.probe("ai")
-    assert upstreams.stats() == {}
+    assert (upstreams.stats()["ai"].open, upstreams.stats()["ai"].in_flight) == (0, 0)
     await upstreams.aclose()
 
 
@@ -339,9 +382,17 @@ def test_a_target_that_is_no_http_url_is_a_config_error(url: str) -> None:
         Upstreams({"ai": Config((url,))})
 
 
-def test_an_authority_file_that_cannot_be_read_is_a_config_error() -> None:
-    with pytest.raises(errors.ConfigError):
-        Upstreams({"ai": Config(("https://host",), ca_file="/nonexistent.pem")})
+@pytest.mark.parametrize(
+    ("key", "config"),
+    [
+        ("ca_file", Config(("https://host",), ca_file="/nonexistent.pem")),
+        ("client_cert_file", Config(("https://host",), client_cert_file="/nonexistent.pem")),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_a_config_error(key: str, config: Config) -> None:
+    with pytest.raises(errors.ConfigError) as caught:
+        Upstreams({"ai": config})
+    assert caught.value.problems[0].startswith(f"upstreams.ai.{key}: /nonexistent.pem cannot be used")
 
 
 async def test_urls_are_remembered_up_to_a_bound(server: Server, upstreams: Upstreams) -> None:
