@@ -19,16 +19,14 @@ from types import FrameType
 import structlog
 import uvicorn
 import uvloop
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.app import App, create_app
 from gateway.config import Settings
+from gateway.downstream import Bounds, connection_type
 from gateway.errors import ConfigError
 
 BACKLOG = 4096
 KEEP_ALIVE_S = 75
-#: A head that is not complete after so many bytes is refused; what one read brings may come on top.
-HEAD_BYTES_MAX = 65_536
 WORKER_POLL_S = 0.2
 #: How often open requests are ended once the time to drain is over.
 END_AGAIN_S = 0.1
@@ -36,61 +34,6 @@ END_AGAIN_S = 0.1
 RESPAWN_PAUSE_S = 1.0
 
 log = structlog.get_logger("gateway.server")
-
-
-class Connection(HttpToolsProtocol):
-    """A client's connection as uvicorn has it, bounded where uvicorn is not: a request's head, in time and in size."""
-
-    #: From the connection, or the first byte of a later request, to the end of the head. Set by `connection_type`.
-    head_timeout_s = 60.0
-
-    _head_timer: asyncio.TimerHandle | None = None
-    _head_bytes = 0
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn declares it
-        super().connection_made(transport)
-        self._await_head()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._head_arrived()
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._head_timer is not None:
-            self._head_bytes += len(data)
-            if self._head_bytes > HEAD_BYTES_MAX and not self.transport.is_closing():
-                self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\n\r\n")
-                self.transport.close()
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        if self._head_timer is None:
-            self._await_head()
-
-    def on_headers_complete(self) -> None:
-        self._head_arrived()
-        super().on_headers_complete()
-
-    def _await_head(self) -> None:
-        self._head_bytes = 0
-        self._head_timer = self.loop.call_later(self.head_timeout_s, self._head_is_late)
-
-    def _head_arrived(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
-
-    def _head_is_late(self) -> None:
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._await_head()  # the answer before it is still under way, and must not be cut short
-        else:
-            self.transport.close()
-
-
-def connection_type(client_idle_ms: int) -> type[Connection]:
-    """Connections whose clients are as patient with us as `listen.client_idle` is with them."""
-    return type("Connection", (Connection,), {"head_timeout_s": client_idle_ms / 1000})
 
 
 class Server(uvicorn.Server):
@@ -101,7 +44,13 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=connection_type(listen.client_idle_ms),
+                http=connection_type(
+                    Bounds(
+                        head_timeout_s=listen.client_idle_ms / 1000,
+                        body_timeout_s=listen.body_timeout_ms / 1000,
+                        connections_max=listen.connections_max,
+                    )
+                ),
                 ws="none",
                 lifespan="on",
                 access_log=False,

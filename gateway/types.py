@@ -45,6 +45,9 @@ class Facts:
     peer_ip: str
     #: `headers` with their names as they stood on the wire, field for field; empty when nobody kept them.
     fields: HeaderList = ()
+    #: `http` or `https`, as the client reached us.
+    scheme: str = "http"
+    http_version: str = "1.1"
 
     def header(self, name: bytes) -> str | None:
         """First value of the field `name` (lower case), decoded as latin-1; None when absent."""

@@ -59,6 +59,8 @@ def answer(refusal: Refusal, request_id: str, content_type: bytes, body: bytes) 
         headers.append((b"www-authenticate", b"Bearer"))  # RFC 9110 §15.5.2 demands a challenge.
     if refusal.status == 405:
         headers.append((b"allow", _allow(refusal)))  # RFC 9110 §15.5.6 demands the list, even an empty one.
+    if refusal.status == 426:  # RFC 9110 §15.5.22 and RFC 6455 §4.4: what to switch to; only WebSockets ask for it.
+        headers += [(b"connection", b"Upgrade"), (b"upgrade", b"websocket"), (b"sec-websocket-version", b"13")]
     return Rendered(refusal.status, tuple(headers), body)
 
 

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mutabl
 from typing import Any
 
 from gateway.downstream.head import Head
-from gateway.errors import BodyTooLarge, ClientLeft, RequestTimeout
+from gateway.errors import BadRequest, BodyTooLarge, ClientLeft, RequestTimeout
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -35,6 +35,8 @@ class Client:
         self._buffered_bytes = 0
         self._body_complete = False
         self._late = False
+        #: Another protocol is spoken; and the client has ended its side of it.
+        self._switched = self._ended = False
         self._changed = asyncio.Event()
         self._room = asyncio.Event()
         self._walk = asyncio.current_task()
@@ -84,7 +86,7 @@ class Client:
 
     async def raw(self) -> bytes:
         """The next bytes after `switch`, or b"" when the client has ended. Waits without a deadline."""
-        while not self._chunks and not self.left:
+        while not self._chunks and not self._ended and not self.left:
             self._changed.clear()
             await self._changed.wait()
         chunks = b"".join(self._chunks)
@@ -151,6 +153,10 @@ class Client:
     def _leave(self) -> None:
         if self._finished:  # servers also say `disconnect` once the answer is complete
             return
+        if self._switched:
+            self._ended = True  # in order, or not: the other protocol knows what it has to say to that
+            self._changed.set()
+            return
         if not self._goes_on():
             self.give_up()
             return
@@ -175,9 +181,14 @@ class Client:
         await self._deliver(message)
 
     async def switch(self, reason: bytes, fields: Iterable[Field]) -> None:
-        """A 101 is on its way; from here on `raw` and `write` carry another protocol."""
-        self.started = True
-        await self._deliver({"type": "http.response.switch", "reason": reason, "headers": list(fields)})
+        """A 101 is on its way; from here on `raw` and `write` carry another protocol. Raises BadRequest for a client
+        that did not wait for it."""
+        self.started = self._switched = True
+        try:
+            await self._deliver({"type": "http.response.switch", "reason": reason, "headers": list(fields)})
+        except RuntimeError as exc:  # nothing was written
+            self.started = self._switched = False
+            raise BadRequest("The client sent too much before the protocol was switched.") from exc
 
     async def start(
         self, status: int, fields: Iterable[Field], *, reason: bytes | None = None, trailers: bool = False
