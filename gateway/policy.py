@@ -38,6 +38,8 @@ class CompiledPolicy:
     name: str
     limits: tuple[CompiledLimit, ...]
     price_ucredits: int
+    #: Of each message of the client on a WebSocket route that counts them.
+    per_message_ucredits: int
     default_output_tokens: int
     #: The tightest token limit, None when tokens are not limited.
     tokens_max: int | None
@@ -71,17 +73,29 @@ def demands(
     """
     del facts  # No limit depends on the route yet; the walk hands over what it knows.
     tokens = None if peek is None else token_estimate(policy, peek)
+    return _demands(policy, principal, session_id, {"requests": 1, "concurrent": 1, "tokens": tokens})
+
+
+def message_demands(policy: CompiledPolicy, principal: Principal, session_id: str | None) -> tuple[Demand, ...]:
+    """What one message of a client on an open WebSocket asks: 1 of requests. The connection around it has its place
+    among the concurrent ones already, and nobody can tell a message's tokens before it ends."""
+    return _demands(policy, principal, session_id, {"requests": 1})
+
+
+def _demands(
+    policy: CompiledPolicy, principal: Principal, session_id: str | None, costs: Mapping[str, int | None]
+) -> tuple[Demand, ...]:
+    """`costs` of each unit, for every limit on one that is there."""
     subjects = {
         "org": principal.org_id,
         "user": principal.user_id or ANONYMOUS,
         "key": principal.key_id or ANONYMOUS,
         "session": session_id or ANONYMOUS,
     }
-    costs = {"requests": 1, "concurrent": 1, "tokens": tokens}
     return tuple(
         Demand(rule.name, rule.kind, rule.unit, rule.scope, subjects[rule.scope], rule.limit, rule.window_ms, cost)
         for rule in policy.limits
-        if (cost := costs[rule.unit]) is not None
+        if (cost := costs.get(rule.unit)) is not None
     )
 
 
@@ -137,6 +151,7 @@ def _compile_policy(policy: Policy, lease_ms: int) -> CompiledPolicy:
         name=policy.policy,
         limits=tuple(_compile_limit(limit, lease_ms) for limit in policy.limits),
         price_ucredits=policy.price.per_request * UCREDITS_PER_CREDIT,
+        per_message_ucredits=policy.price.per_message * UCREDITS_PER_CREDIT,
         default_output_tokens=policy.tokens.default_output,
         tokens_max=min(token_limits, default=None),
     )

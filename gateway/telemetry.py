@@ -7,15 +7,19 @@ without its query.
 import asyncio
 import sys
 import time
-from collections.abc import Callable
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cache
+from itertools import accumulate
 from typing import Any, TextIO
 
 import msgspec
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Gauge, Metric
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
 
 #: Access lines are written together, at most this much later.
 FLUSH_S = 0.05
@@ -56,6 +60,12 @@ class Record:
     #: For a refusal: the limit that denied.
     limit: str | None = None
     response_bytes: int = 0
+    #: Of a WebSocket: what passed, the code of the first close frame, and why the gateway ended it, if it did.
+    messages_in: int | None = None
+    messages_out: int | None = None
+    request_bytes: int | None = None
+    close_code: int | None = None
+    closed_for: str | None = None
     error: str | None = None
     #: Milliseconds since the request's head was read, at the end of each phase.
     phases_ms: dict[str, float] = field(default_factory=dict)
@@ -65,40 +75,22 @@ class Record:
         self.phases_ms[name] = (time.perf_counter_ns() - self.started_ns) // 1000 / 1000
 
 
-class Metrics:
-    """Counters of one process. Every label has a bounded set of values: routes, codes and plans are from config."""
+class Metrics(Collector):
+    """Counters of one process. Every label has a bounded set of values: routes, codes and plans are from config.
+
+    Requests are tallied here and become samples when somebody scrapes: prometheus_client's own counters take a lock and
+    several calls for each of the dozen that one request moves.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._gauges: dict[str, Gauge] = {}
-        self.requests = Counter(
-            "gateway_requests",
-            "Requests answered, by route, status and decision (admitted, or the refusal's code).",
-            ("route", "status", "decision"),
-            registry=self.registry,
-        )
-        self.phase_seconds = Histogram(
-            "gateway_phase_seconds",
-            "Seconds from the request's head to the end of each phase of the walk.",
-            ("phase",),
-            buckets=LATENCY_BUCKETS_S,
-            registry=self.registry,
-        )
-        self.outcomes = Counter(
-            "gateway_outcomes", "Admitted requests, by how they ended.", ("outcome", "basis"), registry=self.registry
-        )
-        self.charged = Counter(
-            "gateway_charged_ucredits", "Micro-credits charged, by plan.", ("plan",), registry=self.registry
-        )
-        self.tokens = Counter(
-            "gateway_tokens", "Tokens metered, by plan and direction.", ("plan", "direction"), registry=self.registry
-        )
-        # `labels` takes a lock and builds strings at every call; what it returns never changes.
-        self._requests = cache(self.requests.labels)
-        self._phase_seconds = cache(self.phase_seconds.labels)
-        self._outcomes = cache(self.outcomes.labels)
-        self._charged = cache(self.charged.labels)
-        self._tokens = cache(self.tokens.labels)
+        self._requests: Counter[tuple[str, str, str]] = Counter()
+        self._outcomes: Counter[tuple[str, str]] = Counter()
+        self._charged_ucredits: Counter[str] = Counter()
+        self._tokens: Counter[tuple[str, str]] = Counter()
+        self._phases: dict[str, _Distribution] = {}
+        self.registry.register(self)
 
     def watch(self, name: str, help_text: str, read: Callable[[], int], **labels: str) -> None:
         """Each scrape asks `read`. The same name may be watched once for each set of label values."""
@@ -108,18 +100,71 @@ class Metrics:
         (gauge.labels(**labels) if labels else gauge).set_function(read)
 
     def observe(self, record: Record) -> None:
-        self._requests(record.route or "none", record.status, record.decision).inc()
+        self._requests[record.route or "none", str(record.status), record.decision] += 1
         for phase, elapsed_ms in record.phases_ms.items():
-            self._phase_seconds(phase).observe(elapsed_ms / 1000)
+            distribution = self._phases.get(phase)
+            if distribution is None:
+                distribution = self._phases[phase] = _Distribution()
+            distribution.add(elapsed_ms / 1000)
         if record.outcome is not None:
-            self._outcomes(record.outcome, record.basis or "none").inc()
+            self._outcomes[record.outcome, record.basis or "none"] += 1
         if record.plan is not None:
             if record.charged_ucredits:
-                self._charged(record.plan).inc(record.charged_ucredits)
+                self._charged_ucredits[record.plan] += record.charged_ucredits
             if record.input_tokens:
-                self._tokens(record.plan, "input").inc(record.input_tokens)
+                self._tokens[record.plan, "input"] += record.input_tokens
             if record.output_tokens:
-                self._tokens(record.plan, "output").inc(record.output_tokens)
+                self._tokens[record.plan, "output"] += record.output_tokens
+
+    def collect(self) -> Iterator[Metric]:
+        """The tallies as of now. Called by the registry."""
+        requests = CounterMetricFamily(
+            "gateway_requests",
+            "Requests answered, by route, status and decision (admitted, or the refusal's code).",
+            labels=("route", "status", "decision"),
+        )
+        outcomes = CounterMetricFamily(
+            "gateway_outcomes", "Admitted requests, by how they ended.", labels=("outcome", "basis")
+        )
+        charged = CounterMetricFamily("gateway_charged_ucredits", "Micro-credits charged, by plan.", labels=("plan",))
+        tokens = CounterMetricFamily(
+            "gateway_tokens", "Tokens metered, by plan and direction.", labels=("plan", "direction")
+        )
+        for labels, count in self._requests.items():
+            requests.add_metric(labels, count)
+        for ending, count in self._outcomes.items():
+            outcomes.add_metric(ending, count)
+        for plan, ucredits in self._charged_ucredits.items():
+            charged.add_metric((plan,), ucredits)
+        for direction, count in self._tokens.items():
+            tokens.add_metric(direction, count)
+        phases = HistogramMetricFamily(
+            "gateway_phase_seconds",
+            "Seconds from the request's head to the end of each phase of the walk.",
+            labels=("phase",),
+        )
+        for phase, distribution in self._phases.items():
+            phases.add_metric((phase,), distribution.buckets(), distribution.sum_s)
+        yield from (requests, phases, outcomes, charged, tokens)
+
+
+class _Distribution:
+    """How many values fell into each of LATENCY_BUCKETS_S and beyond."""
+
+    __slots__ = ("_counts", "sum_s")
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(LATENCY_BUCKETS_S) + 1)
+        self.sum_s = 0.0
+
+    def add(self, value_s: float) -> None:
+        self._counts[bisect_left(LATENCY_BUCKETS_S, value_s)] += 1
+        self.sum_s += value_s
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Upper bound and number of values up to it, as Prometheus has them."""
+        bounds = (*(str(float(bound)) for bound in LATENCY_BUCKETS_S), "+Inf")
+        return list(zip(bounds, accumulate(self._counts), strict=True))
 
 
 class AccessLog:
@@ -152,7 +197,7 @@ _encoder = msgspec.json.Encoder()
 
 def _fields(record: Record) -> dict[str, Any]:
     values: dict[str, Any] = {
-        "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "at": datetime.now(UTC),
         "event": "request",
         "request_id": record.request_id,
         "hold_id": record.hold_id,
@@ -179,6 +224,11 @@ def _fields(record: Record) -> dict[str, Any]:
         "basis": record.basis,
         "available_ucredits": record.available_ucredits,
         "response_bytes": record.response_bytes,
+        "request_bytes": record.request_bytes,
+        "messages_in": record.messages_in,
+        "messages_out": record.messages_out,
+        "close_code": record.close_code,
+        "closed_for": record.closed_for,
         "error": record.error,
         "ms": record.phases_ms,
     }

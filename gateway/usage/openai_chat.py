@@ -164,8 +164,7 @@ class BodyReader:
         text = bytes(self._text)
         if not self._whole:
             return _usage_of_tail(text)
-        usage = _usage_of(text)
-        return None if usage is None else replace(usage, exact=True)  # it parsed, so all of it is here
+        return _usage_of(text, exact=True)  # when it parses, all of it is here
 
     def delivered_bytes(self) -> int | None:
         return text_bytes(bytes(self._text)) if self._whole else None
@@ -195,8 +194,9 @@ def _decoded_bytes(escaped: bytes) -> int:
         return len(escaped)  # cut inside an escape
 
 
-def _usage_of(document: bytes) -> Usage | None:
-    """The usage one JSON document reports. `exact` when no choice stands beside it: OpenAI's final event."""
+def _usage_of(document: bytes, *, exact: bool | None = None) -> Usage | None:
+    """The usage one JSON document reports. exact: None says so when no choice stands beside it, as in OpenAI's final
+    event."""
     try:
         answer = _answer.decode(document)
     except _NOT_JSON:
@@ -205,11 +205,14 @@ def _usage_of(document: bytes) -> Usage | None:
     if counts is None or (counts.prompt_tokens is None and counts.completion_tokens is None):
         return None
     reported = (counts.prompt_tokens or 0, counts.completion_tokens or 0, counts.total_tokens or 0)
-    if not all(0 <= count <= _REPORTED_TOKENS_MAX and count == int(count) for count in reported):
+    if min(reported) < 0 or max(reported) > _REPORTED_TOKENS_MAX:
         return None
     prompt, completion, total = map(int, reported)
+    if (prompt, completion, total) != reported:
+        return None
     # Some models bill reasoning that `completion_tokens` leaves out; the total has it.
-    return Usage(prompt, max(completion, total - prompt), exact=not answer.choices, model=answer.model)
+    exact = not answer.choices if exact is None else exact
+    return Usage(prompt, max(completion, total - prompt), exact, answer.model)
 
 
 def _usage_of_tail(tail: bytes) -> Usage | None:
@@ -220,8 +223,7 @@ def _usage_of_tail(tail: bytes) -> Usage | None:
     who knows says whether it is exact.
     """
     start = tail.rfind(b'"usage"')
-    usage = None if start < 0 else _usage_of(b"{" + tail[start:])
-    return None if usage is None else replace(usage, exact=False)
+    return None if start < 0 else _usage_of(b"{" + tail[start:], exact=False)
 
 
 def _whole(value: int | float | None, field: str, least: int, most: int) -> int | None:

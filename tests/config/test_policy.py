@@ -11,6 +11,7 @@ from gateway.policy import (
     CompiledPolicy,
     PolicySet,
     demands,
+    message_demands,
     needs_peek,
     never_fits,
     price_ucredits,
@@ -66,6 +67,20 @@ def test_every_limit_becomes_a_demand_in_the_order_of_the_policy() -> None:
         Demand("tpm", "sliding", "tokens", "org", "org1", 1_000, 60_000, 111),
         Demand("parallel", "concurrent", "concurrent", "org", "org1", 2, 30_000, 1),
     )
+
+
+def test_a_message_asks_for_requests_alone_and_has_a_price_of_its_own() -> None:
+    counted = GATEWAY + "  - { path: /live, upstream: router, websocket: { count_messages: true } }\n"
+    found = policy(EVERY_SCOPE, "price: { per_request: 3, per_message: 2 }", counted)
+    wanted = message_demands(found, ALICE, "ses_1")
+    assert [(demand.name, demand.subject, demand.cost) for demand in wanted] == [
+        ("rpm", "org1", 1),
+        ("user-rpm", "alice", 1),
+        ("key-rpm", "key1", 1),
+    ]
+    assert (found.price_ucredits, found.per_message_ucredits) == (3_000_000, 2_000_000)
+    assert message_demands(policy(), ALICE, None) == ()
+    assert policy().per_message_ucredits == 0
 
 
 def test_a_slot_in_flight_is_leased_as_long_as_the_hold() -> None:

@@ -27,6 +27,7 @@ from gateway.config import (
     Tokens,
     TrustedHeaderSource,
     Upstream,
+    WebSocket,
     effective,
     json_schema,
     load,
@@ -37,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 GATEWAY_YAML = ROOT / "gateway.yaml"
 SECTIONS: list[type[BaseModel]] = [
     *(ApiKeySource, Credits, JwtKey, JwtSource, Listen, Log, Plan, Route, Sessions, Settings, Stores, Timeouts),
-    *(TrustedHeaderSource, Upstream),
+    *(TrustedHeaderSource, Upstream, WebSocket),
 ]
 
 
@@ -92,6 +93,7 @@ def test_the_policy_readme_explains_every_key_with_an_example_that_loads() -> No
     readme = (ROOT / "policies" / "README.md").read_text()
     examples = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
     gateway = (Path(__file__).parents[1] / "policies" / "good_smallest.yaml").read_text()
+    gateway += "  - { path: /realtime, upstream: router, websocket: { count_messages: true } }\n"
     for number, example in enumerate(examples):
         load_text(gateway.replace("policy: trial", "policy: pro"), {f"example{number}.yaml": example})
     written = "".join(examples)
