@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import structlog
@@ -30,7 +31,7 @@ from gateway.proxy import Proxy, Steps
 from gateway.session import Sessions
 from gateway.stores import Postgres, Redis, Script
 from gateway.telemetry import AccessLog, Metrics, access_stream, configure_logging, wants_pretty
-from gateway.upstream import Upstreams
+from gateway.upstream import Upstreams, UpstreamStats
 
 #: Flushing, sweeping and installing balances may take longer than a request may wait.
 BACKGROUND_TIMEOUT_MS = 5_000
@@ -122,6 +123,7 @@ class Gateway:
             ("admission", self.admission.run),
             ("outbox", self._outbox.run),
             ("sweeper", self._sweeper.run),
+            ("health checks", self.upstreams.run),
         ):
             self._tasks.append(asyncio.create_task(_forever(name, work), name=name))
         self._watch_gauges()
@@ -216,15 +218,26 @@ class Gateway:
         watch("gateway_settle_backlog", "Settles no store could take yet.", lambda: self.settling.backlog_count)
         watch("gateway_outbox_posted", "Ledger entries posted by this process.", lambda: self._outbox.posted_count)
         watch("gateway_holds_swept", "Holds of lost gateways ended.", lambda: self._sweeper.swept_count)
-        text = "Connections to an upstream, and requests that wait for one."
         for name in self._settings.upstreams:
-            for state in ("idle", "in_use", "waiting"):
-                read = partial(self._connections, name, state)
-                watch("gateway_upstream_connections", text, read, upstream=name, state=state)
+            self._watch_upstream(name)
 
-    def _connections(self, upstream: str, state: str) -> int:
-        count: int = getattr(self.upstreams.stats()[upstream], state)
-        return count
+    def _watch_upstream(self, name: str) -> None:
+        watch, stats = self.metrics.watch, self.upstreams.stats
+
+        def figure(read: Callable[[UpstreamStats], int]) -> Callable[[], int]:
+            return lambda: read(stats()[name])
+
+        text = "Connections to an upstream, and requests that wait for one."
+        for state in ("idle", "in_use", "waiting"):
+            watch("gateway_upstream_connections", text, figure(attrgetter(state)), upstream=name, state=state)
+        text = "Requests on their way to an upstream, and requests in line for it."
+        for state in ("in_flight", "queued"):
+            watch("gateway_upstream_requests", text, figure(attrgetter(state)), upstream=name, state=state)
+        for number, target in enumerate(stats()[name].targets):
+            labels = {"upstream": name, "target": target.origin}
+            text = "1 for a target that is given requests, 0 for one that is left alone."
+            watch("gateway_upstream_target_healthy", text, figure(partial(_is_healthy, number)), **labels)
+            watch("gateway_upstream_target_requests", "Requests at a target.", figure(partial(_at, number)), **labels)
 
 
 class App:
@@ -285,6 +298,14 @@ def _session_rules(settings: Settings) -> session.Rules:
         per_org_max=rules.per_org_max,
         signing_key=rules.signing_key,
     )
+
+
+def _is_healthy(target_number: int, stats: UpstreamStats) -> int:
+    return stats.targets[target_number].state == "healthy"
+
+
+def _at(target_number: int, stats: UpstreamStats) -> int:
+    return stats.targets[target_number].in_flight
 
 
 async def _forever(name: str, work: Callable[[], Awaitable[None]]) -> None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 from gateway.config import rules
 from gateway.config.addresses import NetworkText, PostgresUrl, RedisUrl, Target
 from gateway.config.problems import cross_field
-from gateway.config.values import Flag, HeaderName, Name, Text, duration, empty_is_none, whole
+from gateway.config.values import Flag, HeaderName, Name, Text, duration, empty_is_none, matching, whole
 
 
 class Section(BaseModel):
@@ -100,15 +100,21 @@ class Ejection(Section):
     backoff_ms: Annotated[int, duration("10ms", "1h")] = Field(default=1_000, alias="backoff")
     backoff_max_ms: Annotated[int, duration("10ms", "1h")] = Field(default=30_000, alias="backoff_max")
 
+    def mistakes(self) -> list[rules.Mistake]:
+        return rules.ejection(self.backoff_ms, self.backoff_max_ms)
+
 
 class HealthCheck(Section):
     """A request that each target must answer with 2xx to be given others."""
 
-    path: Text
+    path: Annotated[str, matching(rules.CHECK_PATH, rules.CHECK_PATH_FORM)]
     interval_ms: Annotated[int, duration("100ms", "1h")] = Field(default=5_000, alias="interval")
     timeout_ms: Annotated[int, duration("10ms", "1m")] = Field(default=1_000, alias="timeout")
     #: Checks that failed in a row before a target is left alone; one that succeeds brings it back.
     failures: Annotated[int, whole(1, 1_000)] = 2
+
+    def mistakes(self) -> list[rules.Mistake]:
+        return rules.health_check(self.timeout_ms, self.interval_ms)
 
 
 class Upstream(Section):
@@ -134,6 +140,13 @@ class Upstream(Section):
     #: PEM files with which the gateway proves who it is: a certificate (chain), and its key if that is elsewhere.
     client_cert_file: OptionalFile = None
     client_key_file: OptionalFile = None
+
+    def mistakes(self) -> list[rules.Mistake]:
+        return [
+            *rules.targets_differ(self.targets),
+            *rules.requests_fit(self.requests_max, self.connections_max, len(self.targets)),
+            *rules.client_certificate(self.client_cert_file, self.client_key_file),
+        ]
 
 
 class Sessions(Section):

@@ -25,7 +25,7 @@ class Proxy:
         client = Client(receive, send, self._patience, head)
         facts = read_facts(scope, hold_id, self._steps.trusted_proxies)
         record = Record(facts.request_id, facts.method, facts.path, facts.client_ip)
-        walk = Walk(self._steps, client, facts, hold_id, scope.get("scheme", "http"), record)
+        walk = Walk(self._steps, client, facts, hold_id, record)
         self._open.add(walk)
         try:
             await walk.go()

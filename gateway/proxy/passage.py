@@ -1,7 +1,7 @@
 """An admitted request on its way to the upstream and its answer on the way back: forward, meter, settle."""
 
 import asyncio
-from collections.abc import AsyncIterable
+from collections.abc import AsyncIterable, AsyncIterator
 
 from gateway import charge, headers
 from gateway.admission import Hold
@@ -20,7 +20,6 @@ Field = tuple[bytes, bytes]
 Body = bytes | AsyncIterable[bytes] | None
 
 SESSION_FIELD = frozenset((b"x-session-id",))
-HOST_FIELD = frozenset((b"host",))
 EXPECT_FIELD = frozenset((b"expect",))
 #: Where one event of a stream ends and the next may begin (WHATWG HTML §9.2.5).
 EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
@@ -57,13 +56,13 @@ class Passage:
         """An event stream under way has just ended an event, so that another may follow."""
         return self._events and self._tail.endswith(EVENT_ENDS)
 
-    async def through(self, body: Body, peek: Peek | None, scheme: str) -> None:
+    async def through(self, body: Body, peek: Peek | None) -> None:
         """The answer has been relayed as far as both sides were there, and `hold.charge` says what it costs."""
         record, client, route = self._record, self._client, self._route
         # Until an answer begins nothing was delivered: a 502 or 504 of ours costs the client nothing. Nor does an
         # upstream's own error, however far it came.
         outcome, meter, refused = Outcome.UPSTREAM_REFUSED, None, False
-        forwarding = self._forwarding(body, scheme)
+        forwarding = self._forwarding(body)
         if route.on_disconnect == "drain":
             client.finish_without(lambda: forwarding.request_sent, route.drain_timeout_ms, route.drain_bytes_max)
         try:
@@ -86,20 +85,31 @@ class Passage:
         finally:
             self._settle(outcome if forwarding.reached else Outcome.NEVER_REACHED, meter, peek)
 
-    def _forwarding(self, body: Body, scheme: str) -> Forwarding:
+    def _forwarding(self, body: Body) -> Forwarding:
         facts, route = self._facts, self._route
+        if isinstance(body, AsyncIterable) or self._client.trailers:
+            body = self._with_trailers(body)
         return self._steps.upstreams.forward(
             route.upstream,
             facts.method,
             facts.target,
-            self._outbound(scheme),
+            self._outbound(streamed=isinstance(body, AsyncIterable)),
             body,
             interim=self._interim,
             trailers=self._client.trailers,
             retry=route.retry,
         )
 
-    def _outbound(self, scheme: str) -> list[Field]:
+    async def _with_trailers(self, body: Body) -> AsyncIterator[bytes]:
+        """The body as a stream, at whose end only such trailers remain as may cross: by then all have arrived."""
+        if isinstance(body, AsyncIterable):
+            async for piece in body:
+                yield piece
+        elif body:
+            yield body
+        self._client.trailers[:] = headers.trailers(self._client.trailers, self._private_names())
+
+    def _outbound(self, *, streamed: bool, upgrade: bytes = b"") -> list[Field]:
         """The request's head for the upstream: what the client sent, less what it may not say, plus what we know."""
         facts, steps, principal = self._facts, self._steps, self._identified.principal
         trusted = headers.is_trusted(facts.peer_ip, steps.trusted_proxies)
@@ -107,16 +117,27 @@ class Passage:
             (b"x-request-id", facts.request_id.encode()),
             (b"x-org-id", principal.org_id.encode()),
             (b"x-plan", principal.plan.encode()),
-            *headers.forwarded(facts.headers, facts.peer_ip, scheme, facts.header(b"host") or "", trusted),
+            *headers.forwarded(facts.headers, facts.peer_ip, facts.scheme, facts.header(b"host") or "", trusted),
         ]
         if principal.user_id is not None:
             added.append((b"x-user-id", principal.user_id.encode()))
         if self._session is not None:
             added += steps.sessions.headers(self._session, principal, facts)
-        strip = HOST_FIELD | steps.identity.asserted_headers | steps.sessions.attached_names
-        if not self._route.forward_credential:
-            strip |= self._identified.credential_headers
-        return headers.to_upstream(facts.headers, strip=strip, add=added)
+        if steps.via is not None:
+            added.append(headers.via(steps.via, facts.http_version))
+        strip = self._private_names()
+        if not streamed:
+            strip |= EXPECT_FIELD  # the body is here: nobody has to be asked for it
+        chunked = facts.header(b"transfer-encoding") is not None
+        return headers.to_upstream(
+            facts.headers, facts.fields, strip=strip, add=added, chunked=chunked, upgrade=upgrade
+        )
+
+    def _private_names(self) -> frozenset[bytes]:
+        """The fields that the upstream gets from us or not at all."""
+        steps = self._steps
+        names = steps.identity.asserted_headers | steps.sessions.attached_names
+        return names if self._route.forward_credential else names | self._identified.credential_headers
 
     async def _interim(self, status: int, reason: bytes, fields: list[Field]) -> None:
         await self._client.interim(status, reason, headers.to_client(fields))
@@ -133,14 +154,9 @@ class Passage:
     async def _relay(self, answer: Answer, meter: Meter | None) -> None:
         client, record = self._client, self._record
         record.status = answer.status
-        # The upstream's own id for the request is its customers' to quote; ours stands beside it.
-        taken = any(name.lower() == b"x-request-id" for name, _ in answer.headers)
-        added = [(b"x-gateway-request-id" if taken else b"x-request-id", record.request_id.encode())]
-        if self._session is not None:
-            added.append((b"x-session-id", self._session.session_id.encode()))
-        await client.start(
-            answer.status, headers.to_client(answer.headers, added, strip=SESSION_FIELD), reason=answer.reason
-        )
+        chunked = answer.framing == "chunked"
+        fields = headers.to_client(answer.headers, self._added(answer), strip=SESSION_FIELD, chunked=chunked)
+        await client.start(answer.status, fields, reason=answer.reason, trailers=chunked)
         async for pieces in answer.pieces:
             if meter is not None:
                 for piece in pieces:
@@ -148,7 +164,18 @@ class Passage:
             await client.write(pieces)
             if self._events:
                 self._tail = (self._tail + b"".join(pieces))[-4:]
-        await client.finish()
+        await client.finish(trailers=headers.trailers(answer.trailers, SESSION_FIELD) if chunked else None)
+
+    def _added(self, answer: Answer) -> list[Field]:
+        """What the client is told beside the upstream's own answer."""
+        # The upstream's own id for the request is its customers' to quote; ours stands beside it.
+        taken = any(name.lower() == b"x-request-id" for name, _ in answer.headers)
+        added = [(b"x-gateway-request-id" if taken else b"x-request-id", self._record.request_id.encode())]
+        if self._session is not None:
+            added.append((b"x-session-id", self._session.session_id.encode()))
+        if self._steps.via is not None:
+            added.append(headers.via(self._steps.via, "1.1"))
+        return added
 
     def _settle(self, outcome: Outcome, meter: Meter | None, peek: Peek | None) -> None:
         """Say what the hold is to book; the block around the passage does it."""

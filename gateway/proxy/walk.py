@@ -11,7 +11,7 @@ import asyncio
 
 import structlog
 
-from gateway import keys, policy
+from gateway import keys, policy, websocket
 from gateway.config import MethodMismatch, Route
 from gateway.dialects import DIALECTS
 from gateway.downstream import Client, too_large
@@ -19,6 +19,7 @@ from gateway.errors import BadRequest, ClientLeft, GatewayError, MethodNotAllowe
 from gateway.policy import CompiledPolicy
 from gateway.proxy.passage import Body, Passage
 from gateway.proxy.steps import Steps
+from gateway.proxy.websocket import WebSocketPassage
 from gateway.telemetry import Record
 from gateway.types import Facts, Peek, Principal, Refusal, Session
 from gateway.usage import READERS
@@ -29,12 +30,11 @@ log = structlog.get_logger("gateway.proxy")
 class Walk:
     """One request on its way. State: what is known so far, for the answer and the log."""
 
-    def __init__(self, steps: Steps, client: Client, facts: Facts, hold_id: str, scheme: str, record: Record) -> None:
+    def __init__(self, steps: Steps, client: Client, facts: Facts, hold_id: str, record: Record) -> None:
         self._steps = steps
         self._client = client
         self._facts = facts
         self._hold_id = hold_id
-        self._scheme = scheme
         self._record = record
         self._dialect = DIALECTS["problem"]
         self._passage: Passage | None = None
@@ -80,7 +80,13 @@ class Walk:
         rules = steps.policies.plan(principal.plan)
         if rules is None:
             return policy.unknown_plan(principal.plan)
-        body, peek = await self._read(route, rules)
+        opens = websocket.is_handshake(facts.headers)
+        if opens:
+            if (refusal := self._refused_handshake(route)) is not None:
+                return refusal
+            body, peek = None, None
+        else:
+            body, peek = await self._read(route, rules)
         named = steps.sessions.name(facts, self._hold_id)
         demands = policy.demands(rules, principal, facts, peek, named.session_id if named else None)
         if (oversized := policy.never_fits(demands)) is not None:
@@ -96,12 +102,13 @@ class Walk:
             if named is not None:
                 session = await steps.sessions.attach(principal, named, found)
                 record.session_digest, record.turn = keys.digest(named.session_id), session.turn
-            self._passage = Passage(steps, self._client, facts, route, identified, verdict, session, record)
-            await self._passage.through(body, peek, self._scheme)
+            passage = WebSocketPassage if opens else Passage
+            self._passage = passage(steps, self._client, facts, route, identified, verdict, session, record)
+            await self._passage.through(body, peek)
         return None
 
     def _route(self) -> Route:
-        route = self._steps.routes.match(self._facts.method, self._facts.path)
+        route = self._steps.routes.match(self._facts.method, self._facts.target)
         if route is None:
             raise UnknownRoute
         self._dialect = DIALECTS[route.dialect]
@@ -109,6 +116,11 @@ class Walk:
             raise MethodNotAllowed(allow=route.allowed)
         self._record.route = route.name
         return route
+
+    def _refused_handshake(self, route: Route) -> Refusal | None:
+        facts = self._facts
+        allowed = route.websocket is not None
+        return websocket.refused(facts.method, facts.http_version, facts.headers, allowed=allowed)
 
     def _note_principal(self, principal: Principal) -> None:
         record = self._record
