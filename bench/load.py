@@ -1,7 +1,7 @@
 """The load: closed loops over keep-alive connections, from wrk when it is there, else from a generator of our own.
 
 Ours is a process too (`python -m bench.load`, one JSON object in, one out): what it costs must not be counted as cost
-of whoever started it. It counts events as well, so streams are always its work.
+of whoever started it. It counts and times events as well, so streams are always its work.
 """
 
 import asyncio
@@ -28,17 +28,19 @@ WRK_SCRIPT = Path(__file__).with_name("post.lua")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a load goes to. stream: the answer is asked for as events."""
+    """Where a load goes to, and what it asks for: a stream of `events`, `gap_ms` apart; 0 events: a plain answer."""
 
     host: str
     port: int
     key: str
-    stream: bool
+    events: int = 0
+    gap_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What one load saw. bad: answers that were not 200, and connections that broke."""
+    """What one load saw. bad: answers that were not 200, and connections that broke. p50, p99: of the whole answer;
+    of a stream how long each event was under way, from the upstream's write to the generator's read."""
 
     requests: int
     bad: int
@@ -54,9 +56,9 @@ def wrk_path() -> str | None:
 
 async def run(target: Target, connections: int, seconds: int, wrk: str | None, folder: Path) -> Result:
     """`connections` loops have asked `target` for `seconds`. Raises RuntimeError when the generator fails."""
-    if wrk is not None and not target.stream:
+    if wrk is not None and not target.events:
         body = folder / "request.json"
-        body.write_bytes(exchange.request_body(stream=False))
+        body.write_bytes(exchange.request_body())
         url = f"http://{target.host}:{target.port}{exchange.PATH}"
         command = [wrk, "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s", "-s", str(WRK_SCRIPT), url]
         fields = [f"{name}: {value}" for name, value in exchange.request_fields(target.key).items()]
@@ -89,12 +91,13 @@ class _Run:
     """What the connections of one load share."""
 
     def __init__(self, target: Target, seconds: int) -> None:
-        body = exchange.request_body(stream=target.stream)
+        body = exchange.request_body(target.events, target.gap_ms)
         fields = {"host": f"{target.host}:{target.port}", **exchange.request_fields(target.key)}
         head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
         self.request = f"POST {exchange.PATH} HTTP/1.1\r\n{head}content-length: {len(body)}\r\n\r\n".encode() + body
         self.deadline = time.perf_counter() + seconds
         self.latencies_s: list[float] = []
+        self.delays_s: list[float] = []
         self.bad = 0
         self.events = 0
 
@@ -126,7 +129,10 @@ class _Asking(asyncio.Protocol):
             self.done.set_result(None)
 
     def on_body(self, body: bytes) -> None:
-        self._run.events += body.count(exchange.EVENT_END)
+        if events := body.count(exchange.EVENT_END):
+            self._run.events += events
+            now_ns = time.monotonic_ns()
+            self._run.delays_s.extend((now_ns - written_ns) / 1e9 for written_ns in exchange.written_ns(body))
 
     def on_message_complete(self) -> None:
         run = self._run
@@ -157,7 +163,7 @@ async def _load(target: Target, connections: int, seconds: int) -> Result:
     async with asyncio.timeout(seconds + FINISH_S):
         await asyncio.gather(*(protocol.done for protocol in asking))
     lasted = time.perf_counter() - started
-    sorted_ms = sorted(latency * 1000 for latency in run.latencies_s) or [0.0]
+    sorted_ms = sorted(spent * 1000 for spent in (run.delays_s if target.events else run.latencies_s)) or [0.0]
     p50, p99 = (sorted_ms[int(len(sorted_ms) * share)] for share in (0.5, 0.99))
     return Result(len(run.latencies_s), run.bad, lasted, p50, p99, run.events)
 

@@ -1,6 +1,6 @@
-"""Samples into the tables of README.md: medians, ranges, and ratios of what was measured in the same round."""
+"""Samples into the tables of README.md: medians, ranges, and comparisons with what was measured in the same round."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -18,39 +18,60 @@ class Sample:
     bad: int
 
 
+#: By the name of the row, one sample a round.
 Samples = Mapping[str, Sequence[Sample]]
 
 
-def table(samples: Samples, unit: str, base: str | None) -> str:
-    """A Markdown table, one line per row. base: the row that ratios are taken against; None leaves them out."""
-    lines = [
-        f"| row | CPU µs/{unit} | [min..max] | × {base or '-'} | {unit}s/s | p50 ms | p99 ms "
-        f"| Redis µs | PostgreSQL µs | bad |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+def cost(samples: Samples, unit: str, bases: Sequence[str]) -> str:
+    """A Markdown table of CPU time, one line per row. bases: the rows that ratios are taken against."""
+    columns = ["row", f"CPU µs/{unit}", "[min..max]", *(f"× {base}" for base in bases), f"{unit}s/s"]
+    columns += ["p50 ms", "p99 ms", "Redis µs", "PostgreSQL µs", "bad"]
+    lines = []
     for name, rounds in samples.items():
-        cells = [
+        ratios = ["" if name == base else _compared(rounds, samples[base], _ratio, ".2f") for base in bases]
+        stores = (median(one.redis_us for one in rounds), median(one.postgres_us for one in rounds))
+        lines.append(
+            [
+                name,
+                f"**{median(one.cpu_us for one in rounds):.0f}**",
+                f"{min(one.cpu_us for one in rounds):.0f}..{max(one.cpu_us for one in rounds):.0f}",
+                *ratios,
+                f"{median(one.per_second for one in rounds):.0f}",
+                f"{median(one.p50_ms for one in rounds):.2f}",
+                f"{median(one.p99_ms for one in rounds):.2f}",
+                *(f"{spent_us:.0f}" if spent_us >= 0.5 else "" for spent_us in stores),  # less is background noise
+                str(sum(one.bad for one in rounds)),
+            ]
+        )
+    return _table(columns, lines)
+
+
+def delay(samples: Samples, direct: str) -> str:
+    """A Markdown table of what each row adds to the time that an event is under way to the row `direct`."""
+    lines = [
+        [
             name,
-            f"**{median(one.cpu_us for one in rounds):.0f}**",
-            f"{min(one.cpu_us for one in rounds):.0f}..{max(one.cpu_us for one in rounds):.0f}",
-            _ratio(rounds, samples[base]) if base is not None and base != name else "",
-            f"{median(one.per_second for one in rounds):.0f}",
-            f"{median(one.p50_ms for one in rounds):.2f}",
-            f"{median(one.p99_ms for one in rounds):.2f}",
-            _store(median(one.redis_us for one in rounds)),
-            _store(median(one.postgres_us for one in rounds)),
-            str(sum(one.bad for one in rounds)),
+            _compared(rounds, samples[direct], lambda one, other: one.p50_ms - other.p50_ms, "+.2f"),
+            _compared(rounds, samples[direct], lambda one, other: one.p99_ms - other.p99_ms, "+.2f"),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for name, rounds in samples.items()
+        if name != direct
+    ]
+    return _table(["row", "added p50 ms", "added p99 ms"], lines)
 
 
-def _ratio(rounds: Sequence[Sample], base: Sequence[Sample]) -> str:
+def _ratio(one: Sample, other: Sample) -> float:
+    return one.cpu_us / other.cpu_us
+
+
+def _compared(
+    rounds: Sequence[Sample], base: Sequence[Sample], compare: Callable[[Sample, Sample], float], form: str
+) -> str:
     """Paired: each round against the same round of `base`, because rounds differ more than rows within one."""
-    ratios = [one.cpu_us / other.cpu_us for one, other in zip(rounds, base, strict=True)]
-    return f"{median(ratios):.2f} [{min(ratios):.2f}..{max(ratios):.2f}]"
+    found = [compare(one, other) for one, other in zip(rounds, base, strict=True)]
+    return f"{median(found):{form}} [{min(found):{form}}..{max(found):{form}}]"
 
 
-def _store(cpu_us: float) -> str:
-    """Below half a microsecond is background noise of a store nobody asked."""
-    return f"{cpu_us:.0f}" if cpu_us >= 0.5 else ""
+def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [columns, ["---"] * len(columns), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

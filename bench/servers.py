@@ -1,11 +1,10 @@
-"""Every server of a run, each on a free port and ended with its block: stores, upstream, nginx, gateway.
+"""The servers of a run, each on a free port and ended with its block: stores, upstream, gateway; `proxies.py` has those
+that the gateway is compared with.
 
 Children are started like the gateway's embedded servers, so they end with this process even when it is killed.
 """
 
 import asyncio
-import os
-import shutil
 import signal
 import sys
 import time
@@ -29,26 +28,6 @@ POLL_S = 0.02
 #: More than any run can spend or reach: every limit is counted, none ever denies.
 CREDITS = 1_000_000_000
 LIMIT = 1_000_000_000
-
-_NGINX = """\
-daemon off;
-{user}
-worker_processes 1;
-pid nginx.pid;
-error_log stderr warn;
-events {{ worker_connections 4096; }}
-http {{
-  access_log off;
-  client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path fastcgi;
-  uwsgi_temp_path uwsgi; scgi_temp_path scgi;
-  keepalive_requests 1000000000;
-  upstream router {{ server {host}:{upstream}; keepalive 256; keepalive_requests 1000000000; }}
-  server {{
-    listen {host}:{port} backlog=4096;
-    location / {{ proxy_pass http://router; proxy_http_version 1.1; proxy_set_header Connection ""; }}
-  }}
-}}
-"""
 
 _GATEWAY = """\
 listen: {{ host: {host}, port: {port} }}
@@ -119,27 +98,10 @@ async def keys_for_plans(found: Stores) -> dict[str, str]:
 
 
 @asynccontextmanager
-async def upstream(folder: Path, core: int | None, *, events: int, gap_ms: int) -> AsyncIterator[Listening]:
+async def upstream(folder: Path, core: int | None) -> AsyncIterator[Listening]:
     port = free_port()
-    argv = (sys.executable, "-m", "bench.upstream", str(port), str(events), str(gap_ms))
-    async with _running(folder / "upstream", argv, port, core) as listening:
-        yield listening
-
-
-def nginx_path() -> str | None:
-    """The nginx of this machine. Distributions keep it where only root looks."""
-    return shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
-
-
-@asynccontextmanager
-async def nginx(folder: Path, core: int | None, program: str, upstream_port: int) -> AsyncIterator[Listening]:
-    """`proxy_pass` with keep-alive on both sides, one worker, no access log."""
-    port, own = free_port(), folder / "nginx"
-    make_directory(own)
-    user = "user root;" if os.geteuid() == 0 else ""
-    config = own / "nginx.conf"
-    config.write_text(_NGINX.format(host=HOST, port=port, upstream=upstream_port, user=user))
-    async with _running(own, (program, "-p", str(own), "-c", str(config)), port, core) as listening:
+    argv = (sys.executable, "-m", "bench.upstream", str(port))
+    async with running(folder / "upstream", argv, port, core) as listening:
         yield listening
 
 
@@ -163,12 +125,12 @@ async def gateway(folder: Path, core: int | None, found: Stores, upstream_port: 
         )
     )
     argv = (sys.executable, "-m", "gateway", "--config", str(config), "serve")
-    async with _running(own, argv, port, core) as listening:
+    async with running(own, argv, port, core) as listening:
         yield listening
 
 
 @asynccontextmanager
-async def _running(folder: Path, argv: tuple[str, ...], port: int, core: int | None) -> AsyncIterator[Listening]:
+async def running(folder: Path, argv: tuple[str, ...], port: int, core: int | None) -> AsyncIterator[Listening]:
     """The program runs on `core` and accepts connections on `port`. Raises RuntimeError with its last words."""
     make_directory(folder)
     process = ServerProcess(folder)

@@ -1,10 +1,12 @@
 """The upstream of every row: a bare uvloop protocol that answers each request with the same bytes.
 
-`python -m bench.upstream PORT EVENTS GAP_MS`: a streamed answer has EVENTS events, GAP_MS apart, each written alone.
+`python -m bench.upstream PORT`. The events of a stream are as many, and as far apart, as the request asks for, and each
+is written alone.
 """
 
 import asyncio
 import sys
+import time
 from typing import cast
 
 import httptools
@@ -16,13 +18,12 @@ from bench import exchange
 class Answering(asyncio.Protocol):
     """One client connection; requests on it come one after the other."""
 
-    def __init__(self, events: int, gap_s: float) -> None:
+    def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._events, self._gap_s = events, gap_s
-        self._whole, self._event, self._last = exchange.answer(), exchange.event(), exchange.last_events()
+        self._whole, self._last = exchange.answer(), exchange.last_events()
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpRequestParser(self)
-        self._stream = False
+        self._body = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -34,34 +35,34 @@ class Answering(asyncio.Protocol):
         self._parser.feed_data(data)
 
     def on_message_begin(self) -> None:
-        self._stream = False
+        self._body = b""
 
     def on_body(self, body: bytes) -> None:
-        self._stream = self._stream or b'"stream":true' in body
+        self._body += body
 
     def on_message_complete(self) -> None:
         assert self._transport is not None
-        if self._stream:
+        events, gap_ms = exchange.asked_for(self._body)
+        if events:
             self._transport.write(exchange.STREAM_HEAD)
-            self._next(self._events)
+            self._next(events, gap_ms / 1000)
         else:
             self._transport.write(self._whole)
 
-    def _next(self, left: int) -> None:
+    def _next(self, left: int, gap_s: float) -> None:
         if self._transport is None:
             return
         if left:
-            self._transport.write(self._event)
-            self._loop.call_later(self._gap_s, self._next, left - 1)
+            self._transport.write(exchange.event(time.monotonic_ns()))
+            self._loop.call_later(gap_s, self._next, left - 1, gap_s)
         else:
             self._transport.write(self._last)
 
 
-async def _serve(port: int, events: int, gap_s: float) -> None:
-    loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: Answering(events, gap_s), "127.0.0.1", port, backlog=1024)
+async def _serve(port: int) -> None:
+    server = await asyncio.get_running_loop().create_server(Answering, "127.0.0.1", port, backlog=1024)
     await server.serve_forever()
 
 
 if __name__ == "__main__":
-    uvloop.run(_serve(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) / 1000))
+    uvloop.run(_serve(int(sys.argv[1])))

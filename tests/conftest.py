@@ -22,6 +22,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="embedded",
         help="servers behind redis_url and database_url: from wheels (embedded) or of this machine (system)",
     )
+    parser.addoption("--full", action="store_true", help="storms and transfers in their full size; takes minutes")
+
+
+@pytest.fixture(scope="session")
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether this run is to prove things in their full size."""
+    return bool(request.config.getoption("--full"))
 
 
 @pytest.fixture(scope="session")

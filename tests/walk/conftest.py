@@ -1,6 +1,7 @@
 """Fixtures of the walk: an org with credits, an upstream, a gateway in front of it."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,14 @@ import redis.asyncio as redis_client
 from gateway.ledger import migrate
 from gateway.stores import Postgres
 from tests.walk.house import House
+
+
+def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """asyncio's own loop, or those that a module names in `LOOPS`."""
+    loops: Mapping[str, Callable[[], asyncio.AbstractEventLoop]] = getattr(
+        getattr(item, "module", None), "LOOPS", {"asyncio": asyncio.new_event_loop}
+    )
+    return loops
 
 
 @pytest.fixture

@@ -39,8 +39,10 @@ stores:
 upstreams:
   ai_router:
     targets: ["{upstream}"]
-    connections_max: 1024
-    timeouts: {{ connect: {connect}, first_byte: {first_byte}, idle: {idle} }}
+    connections_max: {connections_max}
+    keepalive: {keepalive}
+    queue_timeout: {queue_timeout}
+    timeouts: {{ connect: {connect}, first_byte: {first_byte}, idle: {idle}, write: {write} }}
 identity: {identity}
 plans: {{ pro: {{ credits: 1000, policy: pro }} }}
 routes: {routes}
@@ -67,7 +69,7 @@ DEFAULT_TIMEOUTS = {"redis_timeout": "100ms", "redis_connect_timeout": "200ms", 
 POLICY = """
 policy: pro
 limits: {limits}
-price: {{ per_request: {price} }}
+price: {{ per_request: {price}, per_message: {per_message} }}
 """
 
 
@@ -85,6 +87,7 @@ class House:
     secret: str = ""
     limits: list[dict[str, Any]] = field(default_factory=list)
     price: int = 1
+    per_message: int = 0
     settings: dict[str, str] = field(default_factory=dict)
 
     def write_config(self) -> Path:
@@ -101,6 +104,10 @@ class House:
             "connect": "2s",
             "first_byte": "20s",
             "idle": "20s",
+            "write": "20s",
+            "connections_max": "1024",
+            "keepalive": "4s",
+            "queue_timeout": "2s",
             "lease": "30s",
             "heartbeat": "10s",
             "signing_key": "",
@@ -113,7 +120,7 @@ class House:
         path = self.directory / "gateway.yaml"
         path.write_text(CONFIG.format(**values))
         (self.directory / "policies").mkdir(exist_ok=True)
-        policy = POLICY.format(limits=json.dumps(self.limits), price=self.price)
+        policy = POLICY.format(limits=json.dumps(self.limits), price=self.price, per_message=self.per_message)
         (self.directory / "policies" / "pro.yaml").write_text(policy)
         return path
 

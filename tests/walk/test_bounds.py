@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway import server
+from gateway.downstream import HEAD_BYTES_MAX
 from tests.waiting import until
 from tests.walk import raw
 from tests.walk.house import CREDIT, House, chat_body, in_process
@@ -195,14 +195,14 @@ async def test_an_unfinished_head_behind_a_request_does_not_cut_its_answer(house
 
 
 async def test_a_head_without_end_is_431(house: House) -> None:
-    begun = b"GET /echo HTTP/1.1\r\nx-field: "
+    begun = b"GET /echo HTTP/1.1\r\nHost: gateway\r\nx-field: "
     async with in_process(house) as gateway:
         # Not a byte more than it takes: what is left unread would turn the end of the connection into a reset.
         async with raw.connection(gateway.address) as (reader, writer):
-            writer.write(begun + b"x" * (server.HEAD_BYTES_MAX + 1 - len(begun)))
+            writer.write(begun + b"x" * (HEAD_BYTES_MAX + 1 - len(begun)))
             assert (await asyncio.wait_for(reader.read(), 5)).startswith(b"HTTP/1.1 431 ")
         async with raw.connection(gateway.address) as (reader, writer):
-            writer.write(begun + b"x" * (server.HEAD_BYTES_MAX - len(begun) - 4) + b"\r\n\r\n")
+            writer.write(begun + b"x" * (HEAD_BYTES_MAX - len(begun) - 4) + b"\r\n\r\n")
             assert (await asyncio.wait_for(reader.readline(), 5)).startswith(b"HTTP/1.1 401 ")
 
 
@@ -232,7 +232,7 @@ async def test_a_client_that_stops_reading_is_let_go_and_pays(house: House) -> N
 
 async def test_a_path_without_a_route_is_404(house: House) -> None:
     async with in_process(house) as gateway, raw.connection(gateway.address) as (reader, writer):
-        for path in ("/", "/v1/chat/completions/", "/v1/models", "/echo/../v1/models", "/%2e%2e/echo"):
+        for path in ("/", "/v1/chat/completions/", "/v1/models", "/echo/../v1/models"):
             writer.write(raw.request(house.secret, path))
             assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 404 "), path
             assert b"application/problem+json" in await reader.readuntil(b"\r\n\r\n")
