@@ -8,7 +8,6 @@ Transfer-Encoding towards HTTP/1.0, in 204 and in switching (RFC 9112 §6.1). No
 from collections.abc import Iterable, Sequence
 from enum import Enum, auto
 from http import HTTPStatus
-from typing import NamedTuple
 
 from gateway.downstream.request import Field
 
@@ -36,13 +35,9 @@ class Framing(Enum):
     NONE = auto()
 
 
-class Start(NamedTuple):
-    #: Without `Connection: close` and without the empty line: whether the connection ends may become known later.
-    head: bytes
-    framing: Framing
-    body_bytes: int
-    #: A Connection field of the application says so already.
-    says_close: bool
+#: A head without its empty line, how the body is framed, the body's length if that frames it, and whether the head
+#: says `Connection: close`. The end of the head is left open: that the connection ends may become known later.
+Start = tuple[bytes, Framing, int, bool]
 
 
 def start(
@@ -52,33 +47,34 @@ def start(
     if not 200 <= status <= 999:
         raise ValueError(f"an answer cannot have the status {status}")
     names = [name.lower() for name, _ in fields]
-    said = _NOTHING_SAID if _FRAMING.isdisjoint(names) else _read_framing(names, fields)
-    if said.is_chunked and (status == 204 or not chunks_understood):
-        fields = [field for name, field in zip(names, fields, strict=True) if name != b"transfer-encoding"]
-    head = _lines(status, reason, fields)
+    body_bytes: int | None = None
+    is_chunked = says_close = False
+    if not _FRAMING.isdisjoint(names):
+        body_bytes, is_chunked, says_close = _read_framing(names, fields)
+        if is_chunked and (status == 204 or not chunks_understood):
+            fields = [field for field in fields if field[0].lower() != b"transfer-encoding"]
+    head = _status_line(status, reason) + _field_lines(fields, names)
     if to_head or status == 204 or status == 304:
-        framing = Framing.NONE
-    elif said.body_bytes is not None:
-        framing = Framing.LENGTH
-    elif chunks_understood:
-        framing = Framing.CHUNKED
-        if not said.is_chunked:
-            head += b"Transfer-Encoding: chunked\r\n"
-    else:
-        framing = Framing.CLOSE
-    return Start(head, framing, said.body_bytes or 0, said.says_close)
+        return head, Framing.NONE, 0, says_close
+    if body_bytes is not None:
+        return head, Framing.LENGTH, body_bytes, says_close
+    if not chunks_understood:
+        return head, Framing.CLOSE, 0, says_close
+    if not is_chunked:
+        head += b"Transfer-Encoding: chunked\r\n"
+    return head, Framing.CHUNKED, 0, says_close
 
 
 def interim(status: int, reason: bytes | None, fields: Sequence[Field]) -> bytes:
     """A whole 1xx answer. Raises ValueError."""
     if not 100 <= status <= 199 or status == 101:
         raise ValueError(f"an interim answer cannot have the status {status}")
-    return _lines(status, reason, fields) + _CRLF
+    return _lines(status, reason, fields)
 
 
 def switch(reason: bytes | None, fields: Sequence[Field]) -> bytes:
     """A whole 101 answer, with exactly these fields. Raises ValueError."""
-    return _lines(101, reason, fields) + _CRLF
+    return _lines(101, reason, fields)
 
 
 def refusal(status: int, says: str, *, to_head: bool = False, more: bytes = b"") -> bytes:
@@ -99,27 +95,17 @@ def chunks(pieces: Iterable[bytes]) -> bytes:
 
 def trailers(fields: Sequence[Field]) -> bytes:
     """The end of a chunked body. Raises ValueError."""
-    return b"0\r\n" + _field_lines(fields) + _CRLF
+    return b"0\r\n" + _field_lines(fields, [name for name, _ in fields]) + _CRLF
 
 
-class _Said(NamedTuple):
-    """What the fields of an answer say about its framing."""
-
-    body_bytes: int | None
-    is_chunked: bool
-    says_close: bool
-
-
-_NOTHING_SAID = _Said(None, is_chunked=False, says_close=False)
-
-
-def _read_framing(names: Sequence[bytes], fields: Sequence[Field]) -> _Said:
-    """names: of `fields`, in lower case."""
+def _read_framing(names: Sequence[bytes], fields: Sequence[Field]) -> tuple[int | None, bool, bool]:
+    """The body's length, whether it is chunked, whether the connection closes. names: of `fields`, in lower case."""
     body_bytes: int | None = None
     is_chunked = says_close = False
-    for name, (_, value) in zip(names, fields, strict=True):
+    for at, name in enumerate(names):
         if name not in _FRAMING:
             continue
+        value = fields[at][1]
         if name == b"connection":
             says_close = says_close or b"close" in _options(value)
         elif body_bytes is not None or is_chunked:
@@ -132,12 +118,12 @@ def _read_framing(names: Sequence[bytes], fields: Sequence[Field]) -> _Said:
             if not value.isdigit() or len(value) > 18:
                 raise ValueError("the Content-Length of an answer is not a number")
             body_bytes = int(value)
-    return _Said(body_bytes, is_chunked, says_close)
+    return body_bytes, is_chunked, says_close
 
 
 def _lines(status: int, reason: bytes | None, fields: Sequence[Field]) -> bytes:
-    """A head without its empty line."""
-    return _status_line(status, reason) + _field_lines(fields)
+    """A whole head without a body."""
+    return _status_line(status, reason) + _field_lines(fields, [name for name, _ in fields]) + _CRLF
 
 
 def _status_line(status: int, reason: bytes | None) -> bytes:
@@ -155,12 +141,12 @@ def _options(value: bytes) -> list[bytes]:
     return [option.strip(b" \t") for option in value.lower().split(b",")]
 
 
-def _field_lines(fields: Sequence[Field]) -> bytes:
-    """Raises ValueError when a name or a value would not stay within its line."""
-    lines = b"".join([b"%b: %b\r\n" % (name, value) for name, value in fields])
-    names = [name for name, _ in fields]
+def _field_lines(fields: Sequence[Field], names: Sequence[bytes]) -> bytes:
+    """names: at least those of `fields`, in any case. Raises ValueError when one, or a value, would not stay within
+    its line."""
     if b"".join(names).translate(None, _TOKEN) or b"" in names:
         raise ValueError("the name of a field in an answer is not a token")
-    if lines.translate(None, _TEXT) != _CRLF * len(names):
+    lines = b"".join([b"%b: %b\r\n" % (name, value) for name, value in fields])
+    if lines.translate(None, _TEXT) != _CRLF * len(fields):
         raise ValueError("the value of a field in an answer holds line breaks or control characters")
     return lines

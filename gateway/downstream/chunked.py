@@ -5,8 +5,8 @@
         └──────────────────────────┘
 
 Chunk extensions are nobody's business here: they are bounded and dropped (RFC 9112 §7.1.1 has recipients ignore
-what they do not know). White space around a size, a sign, `0x` and bare LF are refused, because others read them
-in more than one way.
+what they do not know). White space outside quotes, a sign, `0x` and bare LF are refused, because others read them in
+more than one way.
 """
 
 import re
@@ -19,7 +19,9 @@ LINE_BYTES_MAX = 256
 EXTENSIONS_BYTES_MAX = 16_384
 
 _CRLF = b"\r\n"
-_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(;[\t\x20-\x7e\x80-\xff]*)?")
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
+_QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*+"'
+_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;%b(?:=(?:%b|%b))?)*+" % (_TOKEN, _TOKEN, _QUOTED))
 
 
 class ChunkedBody:

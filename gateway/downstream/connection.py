@@ -64,7 +64,7 @@ class ServerState(Protocol):
     """What uvicorn's server and its connections share."""
 
     total_requests: int
-    connections: "set[Connection]"
+    connections: set[Any]
     tasks: set[asyncio.Task[None]]
 
 
@@ -140,7 +140,10 @@ class Connection(Line):
             exchange.leave()
         super().connection_lost(exc)
 
-    def take(self, data: bytes) -> None:
+    def data_received(self, data: bytes) -> None:
+        if self._closing:
+            self.throw_away(data)
+            return
         exchange = self._exchange
         if exchange is None:
             self._take_head(data)

@@ -119,12 +119,14 @@ class Exchange(Incoming):
                 raise ValueError("the body of an answer is not as long as its Content-Length says")
         elif framing is Framing.NONE:
             body = b""
-        if last:
-            self._body_ended = True
-            if not self._trailers_follow:
-                self._finish(body)
-                return
-        self._write(body)
+        if not last:
+            self._write(body)
+            return
+        self._body_ended = True
+        if self._trailers_follow:
+            self._write(body)
+        else:
+            self._finish(body)
 
     def _send_trailers(self, message: Message) -> None:
         if not self._trailers_follow or not self._body_ended or self.complete:
@@ -166,8 +168,10 @@ class Exchange(Incoming):
             self.keep_alive = False
         self._write(data)
         self.complete = True
-        self._read_on()
-        self._wake()
+        if self._paused:
+            self._read_on()
+        if self._waiter is not None:
+            self._wake()
         self._wire.answered()
 
 

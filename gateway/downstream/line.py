@@ -23,7 +23,7 @@ _RESET = struct.pack("ii", 1, 0)
 
 
 class Line(asyncio.Protocol):
-    """Satisfies most of `incoming.Wire`. A subclass takes what is read and says what a passed deadline means."""
+    """Satisfies most of `incoming.Wire`. A subclass receives the data and says what a passed deadline means."""
 
     __slots__ = ("_closing", "_drains", "_lingered_bytes", "_loop", "_transport", "alarm", "write_paused")
 
@@ -36,10 +36,6 @@ class Line(asyncio.Protocol):
         self.alarm = Alarm(loop, self._ring)
         self.write_paused = False
 
-    def take(self, data: bytes) -> None:
-        """Bytes from the client, never after the end began."""
-        raise NotImplementedError
-
     def expired(self) -> None:
         """The deadline has passed, while open."""
         raise NotImplementedError
@@ -49,10 +45,8 @@ class Line(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's transports are no subclasses
 
-    def data_received(self, data: bytes) -> None:
-        if not self._closing:
-            self.take(data)
-            return
+    def throw_away(self, data: bytes) -> None:
+        """Bytes that came after our end began."""
         self._lingered_bytes += len(data)
         if self._lingered_bytes > LINGER_BYTES_MAX:
             self.abort()

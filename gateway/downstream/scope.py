@@ -30,17 +30,16 @@ def request_scope(shared: dict[str, Any], request: Request, state: dict[str, Any
         path = unquote_to_bytes(raw_path).decode("utf-8", "replace")
     else:
         path = raw_path.decode("ascii")
-    return {
-        **shared,
-        "http_version": request.version,
-        "method": request.method,
-        "path": path,
-        "raw_path": raw_path,
-        "query_string": query,
-        "headers": request.headers,
-        "state": state.copy(),
-        "extensions": {EXTENSION: request.head},
-    }
+    scope = shared.copy()
+    scope["http_version"] = request.version
+    scope["method"] = request.method
+    scope["path"] = path
+    scope["raw_path"] = raw_path
+    scope["query_string"] = query
+    scope["headers"] = request.headers
+    scope["state"] = state.copy()
+    scope["extensions"] = {EXTENSION: request.head}
+    return scope
 
 
 def _address(name: object) -> Address | None:

@@ -13,8 +13,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 
 import httpx
 
+from gateway.upstream.framing import Fields
 from gateway.upstream.request import Outgoing
-from gateway.upstream.response import Fields, Incoming
+from gateway.upstream.response import Incoming
 from gateway.upstream.timeouts import Deadlines
 from gateway.upstream.tunnel import Tunnel
 from gateway.upstream.upload import WRITE_BYTES, Upload
@@ -114,10 +115,10 @@ class Exchange(httpx.AsyncByteStream):
         except httpx.RemoteProtocolError as exc:
             self.fail(exc)
             return
+        if self._asking and any(status == 100 for status, _, _ in incoming.interims):
+            self._asked()
         if not incoming.answered:
             if incoming.interims:
-                if self._asking and any(status == 100 for status, _, _ in incoming.interims):
-                    self._asked()
                 self._wake()
             return
         if not answered and self._upload is not None and self._refused():
@@ -207,14 +208,13 @@ class Exchange(httpx.AsyncByteStream):
         Raises what ended the exchange before that, or before any content arrived.
         """
         incoming = self.incoming
-        while True:
-            while incoming.interims:
-                status, reason, fields = incoming.interims.pop(0)
-                if interim is not None:
-                    await interim(status, reason, fields)
-            if incoming.answered or self._error is not None:
-                break
-            await self._arrival()
+        while incoming.interims or not (incoming.answered or self._error is not None):
+            if not incoming.interims:
+                await self._arrival()
+                continue
+            status, reason, fields = incoming.interims.pop(0)
+            if interim is not None:
+                await interim(status, reason, fields)
         if self._error is not None and not incoming.parts:
             raise self._error
 

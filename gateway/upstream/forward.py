@@ -17,8 +17,8 @@ import httpx
 from gateway.errors import BadRequest, GatewayError, UpstreamBusy, UpstreamUnreachable
 from gateway.upstream.exchange import Interim
 from gateway.upstream.failures import mapped
+from gateway.upstream.framing import Framing
 from gateway.upstream.relayed import Pieces, Tunnel, framing_of, pieces_of
-from gateway.upstream.response import Framing
 from gateway.upstream.targets import Target, Upstream
 from gateway.upstream.wire import StaleConnection, Unanswered
 

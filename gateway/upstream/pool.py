@@ -75,7 +75,7 @@ class Pool:
         while True:
             connection = await self._next(deadlines, patience_until, first)
             if connection.reused:
-                if not connection.closed and connection.ready():
+                if not connection.closed and connection.quiet():
                     return connection
                 connection.abort()
             elif not connection.closed:

@@ -9,7 +9,7 @@ from typing import Protocol
 import httpx
 
 from gateway.upstream.failures import mapped
-from gateway.upstream.response import Framing
+from gateway.upstream.framing import Framing
 
 
 class NetworkStream(Protocol):

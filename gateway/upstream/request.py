@@ -88,7 +88,7 @@ def compose(request: httpx.Request) -> Outgoing:
     lines.append(b"\r\n")
     head = b"\r\n".join(lines)
     # One line break per line and the empty one: a break inside a value would be a second request.
-    if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines) or b"\0" in head:
+    if len(head) - len(head.translate(None, b"\r\n\0")) != 2 * len(lines):
         raise httpx.LocalProtocolError("A header value holds a line break or NUL.")
     nominated = options.split(b",") if options else ()
     return Outgoing(

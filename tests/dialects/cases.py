@@ -24,6 +24,7 @@ LIMIT = {
 
 REFUSALS: dict[str, Refusal] = {
     "bad_request": errors.BadRequest("`n` must be a whole number from 1 to 1024.").refusal(),
+    "bad_websocket_handshake": Refusal(400, "bad_websocket_handshake", "A handshake has no body.", None, False),
     "body_too_large": errors.BodyTooLarge().refusal(),
     "credits_in_flight": Refusal(
         429, "credits_in_flight", "The remaining credits are held.", 1000, None, {"required_credits": 1.0}
@@ -50,6 +51,8 @@ REFUSALS: dict[str, Refusal] = {
     "upstream_broke": errors.UpstreamBroke().refusal(),
     "upstream_timeout": errors.UpstreamTimeout().refusal(),
     "upstream_unreachable": errors.UpstreamUnreachable().refusal(),
+    "websocket_not_allowed": Refusal(403, "websocket_not_allowed", "Not here.", None, False),
+    "websocket_version": Refusal(426, "websocket_version", "Version 13 is spoken.", None, False),
 }
 
 

@@ -15,6 +15,7 @@ RETRIES = 2
 #: Exception and attempts by case.
 EXPECTED: dict[str, tuple[type[openai.APIStatusError], int]] = {
     "bad_request": (openai.BadRequestError, 1),
+    "bad_websocket_handshake": (openai.BadRequestError, 1),
     "body_too_large": (openai.APIStatusError, 1),
     "credits_in_flight": (openai.RateLimitError, 1 + RETRIES),
     "credits_unavailable": (openai.InternalServerError, 1 + RETRIES),
@@ -32,6 +33,8 @@ EXPECTED: dict[str, tuple[type[openai.APIStatusError], int]] = {
     "upstream_broke": (openai.InternalServerError, 1 + RETRIES),
     "upstream_timeout": (openai.InternalServerError, 1 + RETRIES),
     "upstream_unreachable": (openai.InternalServerError, 1 + RETRIES),
+    "websocket_not_allowed": (openai.PermissionDeniedError, 1),
+    "websocket_version": (openai.APIStatusError, 1),
 }
 
 

@@ -139,7 +139,7 @@ async def serving(app: Application, bounds: Bounds | None = None, *, keep_alive_
     """Started as uvicorn starts, ended without its pauses; what the application raises fails the test."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=256)
     config = uvicorn.Config(
-        app,  # type: ignore[arg-type]  # its messages have types of ours beside ASGI's
+        app,
         http=connection_type(bounds or Bounds()),
         ws="none",
         lifespan="off",

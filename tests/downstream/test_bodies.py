@@ -265,7 +265,7 @@ async def test_after_the_answer_the_application_is_told_of_no_more() -> None:
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
         await receive()
-        waiting = asyncio.create_task(receive())  # type: ignore[arg-type]  # a coroutine, as our connections give it
+        waiting = asyncio.ensure_future(receive())
         await asyncio.sleep(0)
         with pytest.raises(RuntimeError):
             await receive()

@@ -37,7 +37,7 @@ GOOD = {
     "a length": POST + b"Content-Length: 5\r\n\r\nhello",
     "no length at all": POST + b"Content-Length: 0\r\n\r\n",
     "a body that looks like a request": POST + b"Content-Length: %d\r\n\r\n" % len(GET) + GET,
-    "chunks": POST + CHUNKED + b'5\r\nhello\r\n6;a=b;c="d"\r\n world\r\n0\r\n\r\n',
+    "chunks": POST + CHUNKED + b'5\r\nhello\r\n6;a=b;c="d; \\"e"\r\n world\r\n0\r\n\r\n',
     "no chunks": POST + CHUNKED + b"0\r\n\r\n",
     "sizes in both cases": POST + CHUNKED + b"0a\r\n0123456789\r\nA\r\n0123456789\r\n000;x\r\n\r\n",
     "trailers": POST + CHUNKED + b"1\r\nx\r\n0\r\nX-Sum: 1\r\nx-sum: 2\r\n\r\n",
@@ -145,7 +145,7 @@ def said(pieces: list[bytes]) -> tuple[list[tuple[object, ...]], bytes, bool]:
 
     async def run() -> tuple[list[tuple[object, ...]], bytes, bool]:
         app = Recorder()
-        config = uvicorn.Config(app, lifespan="off", log_config=None)  # type: ignore[arg-type]  # as in site.py
+        config = uvicorn.Config(app, lifespan="off", log_config=None)
         config.load()
         state = ServerState()
         connection, ear = Connection(config, state, {}), Ear()

@@ -29,7 +29,7 @@ async def test_a_server_that_stops_closes_what_rests_and_finishes_what_runs() ->
             await answer(send, b"ok")
 
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, http=connection_type(Bounds()), ws="none", lifespan="off", log_config=None)  # type: ignore[arg-type]
+    config = uvicorn.Config(app, http=connection_type(Bounds()), ws="none", lifespan="off", log_config=None)
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server._serve([listener]))  # `serve` would take over the test run's signals
     await until(lambda: server.started)
@@ -61,7 +61,7 @@ async def test_a_request_whose_task_is_cancelled_is_refused_or_cut(begun: bool) 
 
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        app,  # type: ignore[arg-type]  # its messages have types of ours beside ASGI's
+        app,
         http=connection_type(Bounds()),
         ws="none",
         lifespan="off",

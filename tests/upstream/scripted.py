@@ -10,6 +10,7 @@ from types import TracebackType
 import httpx
 
 from gateway.upstream import Transport
+from gateway.upstream.exchange import Exchange
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
@@ -111,6 +112,15 @@ class Server:
         self._server.close()
 
     @property
+    def open(self) -> int:
+        """Connections whose script has not ended."""
+        return len(self._tasks)
+
+    def owns(self, task: "asyncio.Task[object]") -> bool:
+        """`task` serves one of its connections."""
+        return task in self._tasks
+
+    @property
     def origin(self) -> str:
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"{'http' if self._tls is None else 'https'}://{host}:{self.port}"
@@ -152,9 +162,10 @@ def request(
     path: str = "/",
     target: bytes | None = None,
     timeout: Mapping[str, float] | None = None,
+    **extra: object,
 ) -> httpx.Request:
-    """As `forward.py` makes them: nothing added but Host."""
-    extensions: dict[str, object] = {}
+    """As `forward.py` makes them: nothing added but Host. extra: more request extensions."""
+    extensions: dict[str, object] = {**extra}
     if target is not None:
         extensions["target"] = target
     if timeout is not None:
@@ -179,6 +190,13 @@ class Stream(httpx.AsyncByteStream):
 def stream_of(response: httpx.Response) -> httpx.AsyncByteStream:
     assert isinstance(response.stream, httpx.AsyncByteStream)
     return response.stream
+
+
+async def exchange_of(transport: Transport, message: httpx.Request) -> Exchange:
+    """The stream of the answer, which is the exchange itself."""
+    stream = stream_of(await transport.handle_async_request(message))
+    assert isinstance(stream, Exchange)
+    return stream
 
 
 async def read(response: httpx.Response) -> bytes:

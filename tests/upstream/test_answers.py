@@ -1,10 +1,24 @@
 """What comes back from the upstream: exact bytes, exact ends, and never an end that was not one."""
 
+import asyncio
+
 import httpx
 import pytest
 
 from gateway.upstream import Transport
-from tests.upstream.scripted import OK, Peer, Server, answering, exchange, read, request, stream_of, turns, until
+from tests.upstream.scripted import (
+    OK,
+    Peer,
+    Server,
+    answering,
+    exchange,
+    exchange_of,
+    read,
+    request,
+    stream_of,
+    turns,
+    until,
+)
 
 CHUNKED = (
     b"HTTP/1.1 200 Fine\r\nX-A: 1\r\nx-a: 2\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -44,15 +58,48 @@ async def test_chunked_body_is_decoded_and_its_trailers_are_kept(server: Server,
 
 async def test_chunks_of_one_read_arrive_together_and_at_once(server: Server, transport: Transport) -> None:
     async def script(peer: Peer) -> None:
-        await peer.request()
-        await peer.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n1\r\nb\r\n")
-        await peer.head()  # never comes: the answer stays unfinished
+        for _ in range(2):
+            await peer.request()
+            await peer.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n2\r\nbc\r\n3\r\nd")
+            await peer.reader.read(1)  # never comes: the answer stays unfinished
 
     server.script = script
-    response = await transport.handle_async_request(request(server))
-    stream = stream_of(response)
-    assert await anext(aiter(stream)) == b"ab"
-    await stream.aclose()
+    for whole in (True, False):
+        stream = await exchange_of(transport, request(server))
+        assert stream.incoming.framing == "chunked"
+        if whole:
+            assert await anext(aiter(stream)) == b"abcd"
+        else:
+            assert await anext(stream.pieces()) == [b"a", b"bc", b"d"]
+        await stream.aclose()
+
+
+@pytest.mark.parametrize("length", [b"Content-Length: 11\r\n", b""])
+async def test_bodies_without_chunks_come_in_one_piece_per_wait(
+    server: Server, transport: Transport, length: bytes
+) -> None:
+    go = asyncio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(b"HTTP/1.1 200 OK\r\n" + length + b"\r\nhello")
+        await go.wait()
+        await peer.send(b" wo")
+        await turns(4)
+        await peer.send(b"rld")
+
+    server.script = script
+    stream = await exchange_of(transport, request(server))
+    assert stream.incoming.framing == ("length" if length else "close")
+    pieces = stream.pieces()
+    assert await anext(pieces) == [b"hello"]
+    go.set()
+    await until(lambda: transport.stats().in_use == 0)
+    assert await anext(pieces) == [b" world"]
+    with pytest.raises(StopAsyncIteration):
+        await anext(pieces)
+    with pytest.raises(StopAsyncIteration):
+        await anext(pieces)
 
 
 @pytest.mark.parametrize("answer", [CHUNKED, SIZED, b"HTTP/1.1 100 Continue\r\n\r\n" + SIZED])
@@ -92,20 +139,40 @@ async def test_an_answer_cut_at_any_byte_is_never_a_clean_end(
 
     server.script = script
     for at in range(len(answer)):
-        with pytest.raises(httpx.RemoteProtocolError):
+        with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
             await exchange(transport, request(server))
         assert (transport.stats().open, transport.stats().in_use) == (0, 0), f"cut at {at}"
 
 
-@pytest.mark.parametrize("status", [b"204 No Content", b"304 Not Modified"])
-async def test_answers_without_a_body_end_with_their_head(server: Server, transport: Transport, status: bytes) -> None:
-    server.script = answering(b"HTTP/1.1 " + status + b"\r\nContent-Length: 5\r\n\r\n")
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"204 No Content\r\n\r\n",
+        b"204 No Content\r\nContent-Length: 0\r\n\r\n",
+        b"304 Not Modified\r\nContent-Length: 5\r\n\r\n",
+        b"304 Not Modified\r\nTransfer-Encoding: chunked\r\n\r\n",
+    ],
+)
+async def test_answers_without_a_body_end_with_their_head(server: Server, transport: Transport, head: bytes) -> None:
+    server.script = answering(b"HTTP/1.1 " + head)
     for _ in range(2):
-        assert await exchange(transport, request(server)) == (int(status[:3]), b"")
+        response = await transport.handle_async_request(request(server))
+        assert (response.status_code, response.extensions["framing"]) == (int(head[:3]), "none")
+        assert await read(response) == b""
     assert server.connections == 1
 
 
-@pytest.mark.parametrize("framing", [b"Content-Length: 5", b"Transfer-Encoding: chunked"])
+@pytest.mark.parametrize("field", [b"Content-Length: 5", b"Transfer-Encoding: chunked"])
+async def test_a_204_that_promises_a_body_costs_the_connection(
+    server: Server, transport: Transport, field: bytes
+) -> None:
+    server.script = answering(b"HTTP/1.1 204 No Content\r\n" + field + b"\r\n\r\n")
+    for _ in range(2):
+        assert await exchange(transport, request(server)) == (204, b"")
+    assert server.connections == 2
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 5", b"Transfer-Encoding: chunked", b"X: neither"])
 async def test_the_answer_to_head_has_no_body(server: Server, transport: Transport, framing: bytes) -> None:
     async def script(peer: Peer) -> None:
         while True:
@@ -124,6 +191,24 @@ async def test_a_body_after_head_costs_the_connection(server: Server, transport:
     for _ in range(2):
         assert await exchange(transport, request(server, "HEAD")) == (200, b"")
     assert server.connections == 2
+
+
+async def test_a_head_and_a_broken_body_in_one_read_are_an_error_and_no_answer(
+    server: Server, transport: Transport
+) -> None:
+    server.script = answering(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n")
+    with pytest.raises(httpx.RemoteProtocolError):
+        await transport.handle_async_request(request(server))
+    assert transport.stats().open == 0
+
+
+async def test_a_body_that_breaks_is_delivered_as_far_as_it_was_good(server: Server, transport: Transport) -> None:
+    server.script = answering(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\nzz\r\n")
+    stream = aiter(stream_of(await transport.handle_async_request(request(server))))
+    assert await anext(stream) == b"ok"
+    with pytest.raises(httpx.RemoteProtocolError):
+        await anext(stream)
+    assert transport.stats().open == 0
 
 
 async def test_interim_answers_are_skipped(server: Server, transport: Transport) -> None:
@@ -156,7 +241,7 @@ async def test_a_body_that_ends_with_the_connection_does_not_end_with_a_reset(
         peer.reset()
 
     server.script = script
-    with pytest.raises(httpx.RemoteProtocolError):
+    with pytest.raises(httpx.ReadError):
         await exchange(transport, request(server))
 
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import random
+import socket
+import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
@@ -9,7 +11,7 @@ import httpx
 import pytest
 
 from gateway.upstream import Stats, Transport
-from gateway.upstream.connection import Connection
+from gateway.upstream.connection import UNCHECKED_S, Connection
 from gateway.upstream.pool import Origin, Pool, dial
 from tests.upstream.scripted import OK, Peer, Server, exchange, read, request, stream_of, turns, until
 
@@ -96,6 +98,86 @@ async def test_an_idle_connection_the_upstream_touches_leaves_the_pool(server: S
     go.set()
     await until(lambda: transport.stats().open == 0)
     assert await exchange(transport, request(server)) == (200, b"ok")
+
+
+class Raw:
+    """An upstream whose sockets a test uses by hand: what it does happens before the loop can notice."""
+
+    def __init__(self) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener.setblocking(False)
+        self.origin = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+
+    async def accept(self) -> socket.socket:
+        connection, _ = await asyncio.get_running_loop().sock_accept(self.listener)
+        connection.setblocking(False)
+        return connection
+
+    def ask(self, transport: Transport) -> "asyncio.Task[tuple[int, bytes]]":
+        message = httpx.Request("POST", self.origin, stream=httpx.ByteStream(b"body"))
+        return asyncio.ensure_future(exchange(transport, message))
+
+    async def answer(self, connection: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        received = b""
+        while not received.endswith(b"body"):
+            part = await loop.sock_recv(connection, 65_536)
+            assert part, "the gateway closed the connection"
+            received += part
+        connection.send(OK)
+
+
+@pytest.mark.parametrize("how", ["close", "reset", "bytes"])
+async def test_a_connection_that_ended_is_not_used_even_if_the_loop_has_not_read_its_end(how: str) -> None:
+    raw, transport = Raw(), Transport()
+    with raw.listener:
+        first = raw.ask(transport)
+        with await raw.accept() as connection:
+            await raw.answer(connection)
+            assert await first == (200, b"ok")
+            assert transport.stats().idle == 1
+            time.sleep(2 * UNCHECKED_S)  # noqa: ASYNC251  # the rest is the thing under test
+            await asyncio.sleep(0)  # uvloop looks at the clock once per turn
+            if how == "bytes":
+                connection.send(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")
+            elif how == "reset":
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                connection.close()
+            else:
+                connection.close()
+            second = raw.ask(transport)
+            with await raw.accept() as another:
+                await raw.answer(another)
+                assert await second == (200, b"ok")
+        await transport.aclose()
+
+
+async def test_a_connection_that_ends_with_its_answer_is_not_handed_to_who_waits() -> None:
+    raw, transport = Raw(), Transport(connections_max=1)
+    with raw.listener:
+        tasks = [raw.ask(transport) for _ in range(3)]
+        for _ in tasks:
+            connection = await raw.accept()
+            await raw.answer(connection)
+            connection.close()
+        assert await asyncio.gather(*tasks) == [(200, b"ok")] * 3
+        await transport.aclose()
+
+
+async def test_who_gets_a_dead_connection_waits_no_longer_than_the_deadline_and_not_behind_others() -> None:
+    raw, transport = Raw(), Transport(connections_max=1)
+    order: list[int] = []
+    with raw.listener:
+        tasks = [raw.ask(transport) for _ in range(4)]
+        for task in tasks:
+            task.add_done_callback(lambda done: order.append(tasks.index(done)))
+        for _ in tasks:
+            connection = await raw.accept()
+            await raw.answer(connection)
+            connection.close()
+        await asyncio.gather(*tasks)
+        assert order == [0, 1, 2, 3]
+        await transport.aclose()
 
 
 async def test_an_idle_connection_expires(server: Server) -> None:

@@ -136,6 +136,70 @@ async def test_ambiguous_requests_are_refused_before_anything_is_sent(
     assert (transport.stats().open, transport.stats().dialling) == (0, 0)
 
 
+async def test_trailers_are_sent_behind_the_last_chunk(server: Server, transport: Transport) -> None:
+    trailers: list[tuple[bytes, bytes]] = []
+    received: list[bytes] = []
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"body"
+        trailers.extend([(b"X-Check", b"a: b"), (b"x-check", b"")])  # known only now
+
+    async def script(peer: Peer) -> None:
+        await peer.head()
+        received.append(await peer.reader.readuntil(b"\r\n\r\n"))
+        await peer.send(OK)
+        await peer.head()
+
+    server.script = script
+    assert await exchange(transport, request(server, "POST", body=body(), trailers=trailers)) == (200, b"ok")
+    assert received == [b"4\r\nbody\r\n0\r\nX-Check: a: b\r\nx-check: \r\n\r\n"]
+    assert transport.stats().idle == 1
+
+
+async def test_trailers_of_a_body_that_is_there_are_sent_too(server: Server, transport: Transport) -> None:
+    received: list[bytes] = []
+
+    async def script(peer: Peer) -> None:
+        await peer.head()
+        received.append(await peer.reader.readuntil(b"t\r\n\r\n"))
+        await peer.send(OK)
+
+    server.script = script
+    chunked = [(b"Transfer-Encoding", b"chunked")]
+    message = request(server, "POST", headers=chunked, body=b"body", trailers=[(b"X", b"t")])
+    await exchange(transport, message)
+    assert received == [b"4\r\nbody\r\n0\r\nX: t\r\n\r\n"]
+
+
+async def test_a_body_of_known_length_has_no_trailers(server: Server, transport: Transport) -> None:
+    recorder = Recorder(server)
+    sized = [(b"Content-Length", b"4")]
+    for body in (b"body", pieces(b"body")):
+        await exchange(transport, request(server, "POST", headers=sized, body=body, trailers=[(b"X", b"t")]))
+    assert recorder.bodies == [b"body", b"body"]
+    assert server.connections == 1
+
+
+@pytest.mark.parametrize(
+    "field",
+    [(b"X:", b"a"), (b"", b"a"), (b"X\r\nY", b"a"), (b"X", b"a\r\n\r\nGET / HTTP/1.1"), (b"X", b"a\nb"), (b"X", b"\0")],
+)
+async def test_trailers_that_would_be_read_as_something_else_close_the_connection(
+    server: Server, transport: Transport, field: tuple[bytes, bytes]
+) -> None:
+    received: list[bytes] = []
+
+    async def script(peer: Peer) -> None:
+        await peer.head()
+        received.append(await peer.reader.read(-1))
+
+    server.script = script
+    with pytest.raises(httpx.LocalProtocolError):
+        await exchange(transport, request(server, "POST", body=pieces(b"body"), trailers=[field]))
+    assert transport.stats().open == 0
+    await until(lambda: received in ([b"4\r\nbody\r\n"], [b""]))
+
+
 async def test_connection_close_of_the_request_is_obeyed(server: Server, transport: Transport) -> None:
     await exchange(transport, request(server, headers=[(b"Connection", b"close")]))
     assert transport.stats().open == 0

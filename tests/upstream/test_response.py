@@ -4,17 +4,17 @@
 mean the same: status, fields, content, trailers, where it ends and whether another answer may follow.
 """
 
+import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import httpx
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
+from gateway.upstream.framing import Fields
 from gateway.upstream.request import Outgoing
-from gateway.upstream.response import Fields, Incoming
+from gateway.upstream.response import Incoming
 
 HEAD_BYTES_MAX = 4_096
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -72,9 +72,8 @@ def read(data: bytes, cuts: Sequence[int] = (), *, head_only: bool = False, upgr
 
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([0-9]{3})(?: ([\t \x21-\x7e\x80-\xff]*))?\r\n")
 _FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([\t \x21-\x7e\x80-\xff]*)\r\n")
-_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"'
-_CHUNK = re.compile(rb"([0-9A-Fa-f]+)(?:;" + _TOKEN + rb"(?:=(?:" + _TOKEN + rb"|" + _QUOTED + rb"))?)*\r\n")
+#: Extensions go no further, so all that matters of them is where they end.
+_CHUNK = re.compile(rb"([0-9A-Fa-f]+)(?:;[\t \x21-\x7e\x80-\xff]*)?\r\n")
 
 
 class Refused(Exception):
@@ -231,11 +230,6 @@ TRICKS = [
         b"1.0",
     ),
 ]
-EDITS = st.lists(
-    st.tuples(st.floats(0, 1), st.integers(0, 3), st.sampled_from(TRICKS)),
-    min_size=1,
-    max_size=3,
-)
 
 
 def edited(data: bytes, edits: Sequence[tuple[float, int, bytes]]) -> bytes:
@@ -246,12 +240,12 @@ def edited(data: bytes, edits: Sequence[tuple[float, int, bytes]]) -> bytes:
     return data
 
 
-def same(ours: Reading, strict: Reading) -> None:
+def same(ours: Reading, strict: Reading, answer: bytes) -> None:
     """We are never more lenient than the grammar, and never understand something else."""
-    if ours.broken:
-        return
-    assert not strict.broken, "accepted what the grammar refuses"
-    assert ours == strict
+    if ours.broken or (ours.unfinished and strict.broken):
+        return  # both are errors in the end
+    assert not strict.broken, f"accepted what the grammar refuses: {answer!r}"
+    assert ours == strict, answer
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
@@ -259,31 +253,33 @@ def test_answers_mean_what_the_grammar_says(answer: bytes) -> None:
     assert read(answer) == strictly(answer)
     assert not read(answer).broken
     for end in range(len(answer)):
-        same(read(answer[:end]), strictly(answer[:end]))
+        same(read(answer[:end]), strictly(answer[:end]), answer[:end])
 
 
-@settings(max_examples=1_500, deadline=None)
-@given(st.sampled_from(ANSWERS), EDITS, st.booleans())
-@example(OK, [(0.0, 0, b"\r\n")], False)
-@example(OK, [(0.35, 0, b"\0")], False)
-@example(CHUNKS + b"0\r\n\r\n", [(1.0, 0, b"\r\n")], False)
-@example(CHUNKS + b"0\r\n\r\n", [(1.0, 0, OK[:19])], False)
-def test_tampered_answers_are_refused_or_mean_what_the_grammar_says(
-    answer: bytes, edits: list[tuple[float, int, bytes]], head_only: bool
-) -> None:
-    tampered = edited(answer, edits)
-    same(read(tampered, head_only=head_only), strictly(tampered, head_only=head_only))
+def tampered(rng: random.Random) -> bytes:
+    edits = [(rng.random(), rng.randrange(4), rng.choice(TRICKS)) for _ in range(rng.randint(1, 3))]
+    return edited(rng.choice(ANSWERS), edits)
 
 
-@settings(max_examples=1_000, deadline=None)
-@given(st.sampled_from(ANSWERS), st.one_of(st.just([]), EDITS), st.lists(st.integers(1, 160), max_size=8))
-def test_how_the_bytes_arrive_changes_nothing(
-    answer: bytes, edits: list[tuple[float, int, bytes]], cuts: list[int]
-) -> None:
-    tampered = edited(answer, edits)
-    whole = read(tampered)
-    assert read(tampered, cuts) == whole
-    assert read(tampered, range(len(tampered))) == whole
+def test_tampered_answers_are_refused_or_mean_what_the_grammar_says(full: bool) -> None:
+    rng = random.Random(1)
+    accepted = 0
+    for _ in range(300_000 if full else 6_000):
+        answer, head_only = tampered(rng), rng.random() < 0.2
+        ours = read(answer, head_only=head_only)
+        same(ours, strictly(answer, head_only=head_only), answer)
+        accepted += not ours.broken
+    assert accepted > 500, "hardly anything was compared"
+
+
+def test_how_the_bytes_arrive_changes_nothing(full: bool) -> None:
+    rng = random.Random(2)
+    for _ in range(100_000 if full else 2_000):
+        answer = tampered(rng)
+        whole = read(answer)
+        cuts = [rng.randrange(1, 160) for _ in range(rng.randrange(8))]
+        assert read(answer, cuts) == whole, (answer, cuts)
+        assert read(answer, range(len(answer))) == whole, answer
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
@@ -345,6 +341,7 @@ HEADS = {
     "almost chunked": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
     "chunked with a parameter": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked;q=1\r\n\r\n0\r\n\r\n",
     "quoted": b'HTTP/1.1 200 OK\r\nTransfer-Encoding: "chunked"\r\n\r\n0\r\n\r\n',
+    "chunked and a tab": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\t\r\n\r\n0\r\n\r\n",
     "chunked in HTTP/1.0": b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     "interim with chunks": b"HTTP/1.1 103 Hints\r\nTransfer-Encoding: chunked\r\n\r\n" + OK,
     "interim with content": b"HTTP/1.1 103 Hints\r\nContent-Length: 40\r\n\r\n" + OK,
@@ -390,7 +387,7 @@ def test_a_head_that_lies_is_refused(name: str, arriving: str) -> None:
     answer = HEADS[name]
     reading = read(answer, range(len(answer)) if arriving == "in bytes" else ())
     assert reading.broken
-    assert (reading.status, reading.body) == (0, b"") or "switch" in name or "chunk" in name or reading.body == b""
+    assert reading.status == 0
 
 
 @pytest.mark.parametrize("arriving", ["at once", "in bytes"])

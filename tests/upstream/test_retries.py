@@ -19,9 +19,9 @@ NEVER_EJECTED = Ejection(failures=1_000)
 class Case:
     """One request to an upstream whose every attempt ends as the test says."""
 
-    def __init__(self, targets: int = 1) -> None:
+    def __init__(self, targets: int = 1, ejection: Ejection = NEVER_EJECTED) -> None:
         self.transport = ByHand()
-        config = Config(ORIGINS[:targets], ejection=NEVER_EJECTED)
+        config = Config(ORIGINS[:targets], ejection=ejection)
         self.upstreams = Upstreams({"ai": config}, transport=self.transport)
         self.forwarding: Forwarding | None = None
 
@@ -168,6 +168,21 @@ async def test_a_route_may_forbid_every_retry(end: Callable[[Attempt], None]) ->
     with pytest.raises(errors.GatewayError):
         await case.ask(end, ANSWER, method="GET", retry="never")
     assert len(case.origins) == 1
+
+
+@pytest.mark.parametrize(
+    ("between", "state"),
+    [(RUN_OUT, "ejected"), (WAIT, "ejected"), (DROP, "healthy"), (DAWDLE, "healthy"), (ANSWER, "healthy")],
+)
+async def test_what_shows_that_a_target_can_be_connected_to(between: Callable[[Attempt], None], state: str) -> None:
+    """A kept connection that ran out shows nothing; a new one does, however it ends."""
+    case = Case(ejection=Ejection(failures=3))
+    for end in (REFUSE, REFUSE, between, REFUSE):
+        try:
+            await case.ask(end)
+        except errors.GatewayError:
+            pass
+    assert case.upstreams.stats()["ai"].targets[0].state == state
 
 
 async def once() -> AsyncIterator[bytes]:

@@ -162,9 +162,9 @@ def test_health_checks_judge_beside_connections(standing: Standing, clock: Clock
 
 
 def test_faults_have_to_be_in_a_row(standing: Standing) -> None:
-    for fault in ("refused", None, "refused", None):
+    for fault in ("refused", None, "refused", None, "refused"):
         standing.checked(fault, 2)
-    assert standing.healthy
+        assert standing.healthy
 
 
 def test_a_check_that_passes_shows_that_the_target_can_be_connected_to(standing: Standing) -> None:

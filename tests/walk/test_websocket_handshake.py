@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import pytest
+import uvloop
 from websockets.exceptions import InvalidStatus
 
 from tests.waiting import until
@@ -16,6 +17,7 @@ from tests.websocket.cases import cases, play
 from tests.websocket.echo import echo_server
 from tests.websocket.ends import TEXT, frame
 
+LOOPS = {"uvloop": uvloop.new_event_loop}
 BOTH_DIALECTS = pytest.mark.parametrize("dialect", ["openai", "problem"])
 
 

@@ -3,7 +3,7 @@
     python -m tests.websocket.autobahn PYTHON2 [CASES ...]
 
 PYTHON2 is a Python 2.7 that can import `autobahntestsuite`, the only one it runs on (docs/websocket.md). CASES are
-patterns as the testsuite has them; all of them otherwise, which takes a quarter of an hour.
+patterns as the testsuite has them; all of them otherwise, which takes half an hour.
 """
 
 import asyncio

@@ -9,27 +9,23 @@ that leaves has got until then must be the beginning of its own answer.
 import asyncio
 import json
 import random
-import socket
-import struct
 import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import cast
 
 import uvloop
 
 from tests.walk.storm.exchanges import BODY_BYTES_MIN, STYLES, Wish, answer_body, request, request_body
-from tests.walk.storm.reading import Reader, Reading
+from tests.walk.storm.line import WAYS, Line
+from tests.walk.storm.reading import Reading
 
 WRONG_MAX = 20
 #: Longer than any deadline of the gateway in a storm: who waits for so long was forgotten.
 HUNG_S = 60.0
 #: 503: all connections to the upstream are in use; 429: as many requests of the org as may be are in flight.
 BUSY = frozenset((503, 429))
-LINGER_NOT = struct.pack("ii", 1, 0)
-WAYS = ("close", "reset", "half_close")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,60 +69,6 @@ class Report:
     cuts: int = 0
     wrong: list[str] = field(default_factory=list)
     seconds: float = 0.0
-
-
-class Line(asyncio.Protocol):
-    """A client's connection."""
-
-    def __init__(self) -> None:
-        self.reader = Reader()
-        self.received = 0
-        self.lost = False
-        self.transport: asyncio.Transport
-        self._stirred: asyncio.Future[None] | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's are no subclasses of asyncio's
-
-    def data_received(self, data: bytes) -> None:
-        self.received += len(data)
-        self.reader.feed(data)
-        self._stir()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.lost = True
-        self._stir()
-
-    def _stir(self) -> None:
-        if self._stirred is not None and not self._stirred.done():
-            self._stirred.set_result(None)
-
-    async def stirred(self) -> None:
-        """More has arrived, or the connection is lost."""
-        self._stirred = asyncio.get_running_loop().create_future()
-        try:
-            await self._stirred
-        finally:
-            self._stirred = None
-
-    async def answered(self, count: int = 1) -> bool:
-        """`count` whole answers are there; False when the connection ended before."""
-        while len(self.reader.done) < count and not self.lost:
-            await self.stirred()
-        return len(self.reader.done) >= count
-
-    async def leave(self, way: str) -> None:
-        """The gateway is told in this way that nobody is there any more."""
-        if self.lost:
-            return
-        if way == "half_close":
-            self.transport.write_eof()
-            while not self.lost:
-                await self.stirred()
-            return
-        if way == "reset":
-            self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_NOT)
-        self.transport.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,10 +19,12 @@ from tests.walk.storm.clients import Plan, Report
 
 ROUTES = """
   - { path: /v1/chat/completions, method: POST, upstream: ai_router, dialect: openai, usage: openai_chat }
+  - { path: /drained/*, upstream: ai_router, on_disconnect: drain, drain_timeout: 2s }
   - { path: /*, upstream: ai_router }
 """
-#: Ends in the id. The first is read before it is forwarded when tokens are limited, the other never is.
-CHAT, PLAIN = "/v1/chat/completions?id=", "/storm/"
+#: Each ends in the id. The first is read before it is forwarded when tokens are limited, the others never are; the
+#: third goes on when its client leaves.
+CHAT, PLAIN, DRAINED = "/v1/chat/completions?id=", "/storm/", "/drained/"
 TOKENS = {"name": "tpm", "count": "tokens", "limit": 1_000_000_000_000, "window": "1h", "per": "org"}
 ROOT = Path(__file__).resolve().parents[3]
 

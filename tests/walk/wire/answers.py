@@ -12,7 +12,6 @@ from tests.walk.wire.case import (
     answer_chunked,
     ask,
     chat,
-    chunk,
     chunked,
     once,
     once_closed,
@@ -281,6 +280,3 @@ def _without_a_body() -> Iterator[Case]:
         once(GET, answer(b"Transfer-Encoding: chunked", status=205, reason=b"R", body=None) + chunked()),
     )
     yield Case("204: to a chat", once(chat(), answer(status=204, reason=b"No Content", body=None)), ALL)
-
-
-__all__ = ["EVENTS", "JSON", "USAGE", "cases", "chunk"]

@@ -14,6 +14,7 @@ from gateway.stores import Postgres
 from tests.walk.house import House, in_process
 from tests.walk.wire import stage
 from tests.walk.wire.case import BUFFERED, CONFIGURED, METERED, PLAIN, Case
+from tests.walk.wire.ear import STALL_S
 from tests.walk.wire.exchange import Setting
 from tests.walk.wire.messages import HEAD_END
 from tests.walk.wire.stage import Transcript, Upstream
@@ -86,7 +87,7 @@ class Gateways:
         reader, writer = await asyncio.open_connection("127.0.0.1", way.port)
         try:
             writer.write(request)
-            async with asyncio.timeout(stage.STALL_S):
+            async with asyncio.timeout(STALL_S):
                 head = await reader.readuntil(HEAD_END)
             return bytes(self.upstream.ear.heard), head
         finally:
