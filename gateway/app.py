@@ -8,8 +8,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from functools import partial
-from operator import attrgetter
 from typing import Any
 
 import structlog
@@ -25,13 +23,13 @@ from gateway.identity import Identity, Powers, open_identity
 from gateway.identity.api_key import CHANNEL as KEYS_CHANNEL
 from gateway.identity.api_key import key_loader
 from gateway.ledger import CREDITS_CHANNEL, Accounts, Outbox, Sweeper, migrate, pending, post
-from gateway.ops import Health, Probe, ops_app
+from gateway.ops import Health, Probe, ops_app, watch_gauges
 from gateway.policy import PolicySet
 from gateway.proxy import Proxy, Steps
 from gateway.session import Sessions
 from gateway.stores import Postgres, Redis, Script
 from gateway.telemetry import AccessLog, Metrics, access_stream, configure_logging, wants_pretty
-from gateway.upstream import Upstreams, UpstreamStats
+from gateway.upstream import Upstreams
 
 #: Flushing, sweeping and installing balances may take longer than a request may wait.
 BACKGROUND_TIMEOUT_MS = 5_000
@@ -126,7 +124,14 @@ class Gateway:
             ("health checks", self.upstreams.run),
         ):
             self._tasks.append(asyncio.create_task(_forever(name, work), name=name))
-        self._watch_gauges()
+        watch_gauges(
+            self.metrics,
+            admission=self.admission,
+            settling=self.settling,
+            outbox=self._outbox,
+            sweeper=self._sweeper,
+            upstreams=self.upstreams,
+        )
         return Proxy(
             Steps(
                 routes=RouteTable.compile(settings.routes),
@@ -212,33 +217,6 @@ class Gateway:
             *(Probe(f"upstream:{name}", ask_upstream(name), without="degraded") for name in self._settings.upstreams),
         )
 
-    def _watch_gauges(self) -> None:
-        watch = self.metrics.watch
-        watch("gateway_open_requests", "Requests that hold something now.", lambda: self.admission.open_count)
-        watch("gateway_settle_backlog", "Settles no store could take yet.", lambda: self.settling.backlog_count)
-        watch("gateway_outbox_posted", "Ledger entries posted by this process.", lambda: self._outbox.posted_count)
-        watch("gateway_holds_swept", "Holds of lost gateways ended.", lambda: self._sweeper.swept_count)
-        for name in self._settings.upstreams:
-            self._watch_upstream(name)
-
-    def _watch_upstream(self, name: str) -> None:
-        watch, stats = self.metrics.watch, self.upstreams.stats
-
-        def figure(read: Callable[[UpstreamStats], int]) -> Callable[[], int]:
-            return lambda: read(stats()[name])
-
-        text = "Connections to an upstream, and requests that wait for one."
-        for state in ("idle", "in_use", "waiting"):
-            watch("gateway_upstream_connections", text, figure(attrgetter(state)), upstream=name, state=state)
-        text = "Requests on their way to an upstream, and requests in line for it."
-        for state in ("in_flight", "queued"):
-            watch("gateway_upstream_requests", text, figure(attrgetter(state)), upstream=name, state=state)
-        for number, target in enumerate(stats()[name].targets):
-            labels = {"upstream": name, "target": target.origin}
-            text = "1 for a target that is given requests, 0 for one that is left alone."
-            watch("gateway_upstream_target_healthy", text, figure(partial(_is_healthy, number)), **labels)
-            watch("gateway_upstream_target_requests", "Requests at a target.", figure(partial(_at, number)), **labels)
-
 
 class App:
     """The ASGI application: the gateway's own pages below `/-/`, the walk for everything else."""
@@ -252,7 +230,7 @@ class App:
         self._lifespan = Starlette(lifespan=self._run)
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not scope["path"].startswith("/-/"):
+        if scope["type"] == "http" and not scope["raw_path"].startswith(b"/-/"):
             assert self._proxy is not None  # servers send no request before the lifespan has started
             await self._proxy(scope, receive, send)
         elif scope["type"] == "lifespan":
@@ -298,14 +276,6 @@ def _session_rules(settings: Settings) -> session.Rules:
         per_org_max=rules.per_org_max,
         signing_key=rules.signing_key,
     )
-
-
-def _is_healthy(target_number: int, stats: UpstreamStats) -> int:
-    return stats.targets[target_number].state == "healthy"
-
-
-def _at(target_number: int, stats: UpstreamStats) -> int:
-    return stats.targets[target_number].in_flight
 
 
 async def _forever(name: str, work: Callable[[], Awaitable[None]]) -> None:

@@ -60,7 +60,7 @@ class Server(uvicorn.Server):
                 date_header=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 # Requests that were ended get as long as settling may take; then uvicorn cancels what is left.
-                timeout_graceful_shutdown=(listen.drain_timeout_ms + settings.credits.settle_timeout_ms) // 1000 + 2,
+                timeout_graceful_shutdown=(listen.drain_timeout_ms + _ending_ms(settings)) // 1000 + 2,
             )
         )
         self._app = app
@@ -236,3 +236,9 @@ class _Workers:
         for process in self._processes:
             if process.pid is not None and process.is_alive():
                 os.kill(process.pid, number)
+
+
+def _ending_ms(settings: Settings) -> int:
+    """The longest that a request may take to end once it was told to."""
+    closing = max((route.websocket.close_timeout_ms for route in settings.routes if route.websocket), default=0)
+    return closing + settings.credits.settle_timeout_ms

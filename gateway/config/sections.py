@@ -63,7 +63,10 @@ class Listen(Section):
     #: Clients connected at once, per process; more are answered 503.
     connections_max: Annotated[int, whole(1, 1_000_000)] = 10_000
     #: The name in `Via` (RFC 9110 §7.6.3) both ways; None adds no such field.
-    via: Annotated[str | None, BeforeValidator(empty_is_none)] = None
+    via: Annotated[
+        Annotated[str, matching(r"[A-Za-z0-9._-]{1,64}", "a name for Via: letters, digits, '.', '_' and '-'")] | None,
+        BeforeValidator(empty_is_none),
+    ] = None
     #: Peers whose X-Forwarded-For and X-Request-Id are believed.
     trusted_proxies: tuple[NetworkText, ...] = ()
 

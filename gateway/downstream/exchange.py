@@ -90,7 +90,8 @@ class Exchange(Incoming):
         self.started = True
         self._head, self._framing, self._body_left, self._says_close = begun
         self._trailers_follow = bool(message.get("trailers"))
-        if self._says_close or self._awaits_continue:
+        refused_early = message["status"] >= 400 and not self.received
+        if self._says_close or self._awaits_continue or refused_early:
             # Who was never told to go on may send its body all the same, or never (RFC 9110 §10.1.1).
             self.keep_alive = False
         self._loop.call_soon(self.flush)

@@ -159,6 +159,8 @@ def _read_framing(named: dict[bytes, bytes], is_current: bool) -> int | None:
         return 0
     if not length.isdigit() or len(length) > _LENGTH_DIGITS_MAX:
         raise Unreadable(400, "Content-Length is not a number.")
+    if length[:1] == b"0" and len(length) > 1:
+        raise Unreadable(400, "Content-Length begins with a zero, which some servers read as octal.")
     return int(length)
 
 

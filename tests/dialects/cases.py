@@ -23,6 +23,7 @@ LIMIT = {
 }
 
 REFUSALS: dict[str, Refusal] = {
+    "ambiguous_path": errors.AmbiguousPath().refusal(),
     "bad_request": errors.BadRequest("`n` must be a whole number from 1 to 1024.").refusal(),
     "bad_websocket_handshake": Refusal(400, "bad_websocket_handshake", "A handshake has no body.", None, False),
     "body_too_large": errors.BodyTooLarge().refusal(),
@@ -45,10 +46,12 @@ REFUSALS: dict[str, Refusal] = {
     "rate_limit_exceeded_for_long": Refusal(429, "rate_limit_exceeded", "Come back later.", 60_001, True, LIMIT),
     "request_exceeds_limit": Refusal(400, "request_exceeds_limit", "This never fits.", None, False, {"limit": "tpm"}),
     "request_timeout": errors.RequestTimeout().refusal(),
+    "shutting_down": errors.ShuttingDown().refusal(),
     "store_unavailable": errors.StoreUnavailable().refusal(),
     "unknown_plan": Refusal(403, "unknown_plan", "This plan is not configured.", None, False, {"plan": "gold"}),
     "unknown_route": errors.UnknownRoute().refusal(),
     "upstream_broke": errors.UpstreamBroke().refusal(),
+    "upstream_busy": errors.UpstreamBusy().refusal(),
     "upstream_timeout": errors.UpstreamTimeout().refusal(),
     "upstream_unreachable": errors.UpstreamUnreachable().refusal(),
     "websocket_not_allowed": Refusal(403, "websocket_not_allowed", "Not here.", None, False),

@@ -14,6 +14,7 @@ RETRIES = 2
 
 #: Exception and attempts by case.
 EXPECTED: dict[str, tuple[type[openai.APIStatusError], int]] = {
+    "ambiguous_path": (openai.BadRequestError, 1),
     "bad_request": (openai.BadRequestError, 1),
     "bad_websocket_handshake": (openai.BadRequestError, 1),
     "body_too_large": (openai.APIStatusError, 1),
@@ -27,10 +28,12 @@ EXPECTED: dict[str, tuple[type[openai.APIStatusError], int]] = {
     "rate_limit_exceeded_for_long": (openai.RateLimitError, 1),
     "request_exceeds_limit": (openai.BadRequestError, 1),
     "request_timeout": (openai.APIStatusError, 1 + RETRIES),
+    "shutting_down": (openai.InternalServerError, 1 + RETRIES),
     "store_unavailable": (openai.InternalServerError, 1 + RETRIES),
     "unknown_plan": (openai.PermissionDeniedError, 1),
     "unknown_route": (openai.NotFoundError, 1),
     "upstream_broke": (openai.InternalServerError, 1 + RETRIES),
+    "upstream_busy": (openai.InternalServerError, 1 + RETRIES),
     "upstream_timeout": (openai.InternalServerError, 1 + RETRIES),
     "upstream_unreachable": (openai.InternalServerError, 1 + RETRIES),
     "websocket_not_allowed": (openai.PermissionDeniedError, 1),

@@ -11,6 +11,10 @@ POST = b"POST / HTTP/1.1\r\nHost: a\r\n"
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
+#: Of those that changes of a letter or two can make.
+KNOWN_METHODS = {"GET", "POST", "PUT", "OPTIONS", "QUERY"}
+
+
 class Opinion:
     """What llhttp reads."""
 
@@ -42,39 +46,52 @@ def one_of(*parts: bytes) -> st.SearchStrategy[bytes]:
     return st.sampled_from(parts)
 
 
-NAMES = one_of(
-    b"A", b"Host", b"Content-Length", b"content-length", b"Transfer-Encoding", b"Connection", b"A b", b"", b"\t"
+#: What has led two servers to read one message in two ways.
+NASTY = one_of(
+    *(b"\n", b"\r", b"\r\n", b"\r\n ", b" ", b"\t", b"\x0b", b"\0", b"\x7f", b"\xff", b":", b";", b",", b'"', b"="),
+    *(b"0", b"1", b"+", b"x", b"0x", b"#", b"\r\nContent-Length: 1", b"\r\nTransfer-Encoding: chunked"),
 )
-COLONS = one_of(b":", b": ", b" :", b":\t", b"", b"\r\n ", b":\r\n ")
-VALUES = one_of(
-    b"a", b"", b"5", b"05", b"+5", b"5, 5", b"chunked", b"x, chunked", b"close", b"a\rb", b"a\nb", b"\0", b"\xff"
-)
-ENDS = one_of(b"\r\n", b"\r\n", b"\r\n", b"\n", b"\r", b" \r\n", b"\r\r\n")
-FIELDS = st.lists(st.tuples(NAMES, COLONS, VALUES, ENDS).map(b"".join), max_size=4).map(b"".join)
-TARGETS = one_of(b"/", b"/a?b", b"/a#b", b"/a b", b"*", b"a:80", b"http://a/", b"/%00", b"/\t", b"//")
-LINES = st.tuples(
-    one_of(b"", b"\r\n", b"\n", b" "),
-    one_of(b"GET", b"POST", b"OPTIONS", b"QUERY", b"CONNECT"),
-    one_of(b" ", b" ", b"  ", b"\t"),
-    TARGETS,
-    one_of(b" ", b" ", b"  "),
-    one_of(b"HTTP/1.1", b"HTTP/1.1", b"HTTP/1.0", b"HTTP/1.2", b"http/1.1"),
-    ENDS,
-    one_of(b"Host: a\r\n", b"Host: a\r\n", b""),
-).map(b"".join)
 
 
-@settings(max_examples=400, deadline=None)
-@given(LINES, FIELDS)
-@example(b"POST / HTTP/1.1\r\nHost: a\r\n", b"Content-Length: 05\r\n")
-def test_no_head_is_read_that_llhttp_reads_otherwise(line: bytes, fields: bytes) -> None:
-    """Methods and bytes above ASCII in targets, which we take and llhttp does not, are left out here."""
-    raw = line + fields + b"\r\n"
-    if raw.find(b"\r\n\r\n") != len(raw) - 4:
-        return
+@st.composite
+def spoiled(draw: st.DrawFn, good: st.SearchStrategy[bytes]) -> bytes:
+    """Something good, in which up to two places were changed: most of what is drawn can still be read."""
+    data = draw(good)
+    for _ in range(draw(st.integers(0, 2))):
+        at = draw(st.integers(0, len(data)))
+        data = data[:at] + draw(st.one_of(st.just(b""), NASTY)) + data[at + draw(st.integers(0, 2)) :]
+    return data
+
+
+FIELD = st.tuples(
+    one_of(b"A", b"a-b", b"Accept", b"X_y", b"Connection"),
+    one_of(b":", b": ", b":\t "),
+    one_of(b"a", b"", b"a b", b"close"),
+).map(lambda parts: b"".join(parts) + b"\r\n")
+FRAMING = one_of(b"", b"", b"Content-Length: 5\r\n", b"content-length:05 \r\n", b"Transfer-Encoding: chunked\r\n")
+HEADS = st.tuples(
+    one_of(b"GET /", b"POST /a?b", b"OPTIONS //%00", b"QUERY /;a=b", b"\r\nPUT /a:80"),
+    one_of(b" HTTP/1.1\r\nHost: a\r\n", b" HTTP/1.1\r\nhost:[::1]:80\r\n", b" HTTP/1.0\r\n"),
+    st.lists(FIELD, max_size=3).map(b"".join),
+    FRAMING,
+    st.lists(FIELD, max_size=1).map(b"".join),
+).map(lambda parts: b"".join(parts) + b"\r\n")
+
+
+@settings(max_examples=500, deadline=None)
+@given(spoiled(HEADS))
+@example(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 05\r\n\r\n")
+def test_no_head_is_read_that_llhttp_reads_otherwise(raw: bytes) -> None:
+    """Methods and bytes above ASCII in targets, which we take and llhttp does not, are left out."""
+    end = raw.find(b"\r\n\r\n")
+    if end < 0:
+        return  # what a connection goes on waiting for
+    raw = raw[: end + 4]
     try:
         request = read_head(raw)
     except Unreadable:
+        return
+    if request.method not in KNOWN_METHODS or not request.head.target.isascii():
         return
     opinion = Opinion()
     parser = httptools.HttpRequestParser(opinion)
@@ -89,26 +106,32 @@ def test_no_head_is_read_that_llhttp_reads_otherwise(line: bytes, fields: bytes)
         assert opinion.complete
 
 
-SIZES = one_of(b"0", b"1", b"3", b"03", b"", b"+1", b"0x1", b" 1", b"1 ", b"1;a", b'1;a="b"', b"1;\x01", b"a" * 17)
-CHUNK = st.tuples(SIZES, ENDS, one_of(b"", b"x", b"abc", b"\r\n"), ENDS).map(b"".join)
-TRAILERS = st.lists(st.tuples(NAMES, COLONS, VALUES, ENDS).map(b"".join), max_size=2).map(b"".join)
+CHUNK = st.tuples(
+    one_of(b"3", b"03", b"000003"), one_of(b"", b"", b";a", b";a=b", b';a="b; c"'), one_of(b"abc", b"\r\n0", b"0\r\n")
+).map(lambda parts: parts[0] + parts[1] + b"\r\n" + parts[2] + b"\r\n")
+BODIES = st.tuples(
+    st.lists(CHUNK, max_size=3).map(b"".join),
+    one_of(b"0\r\n", b"00;a\r\n"),
+    st.lists(FIELD, max_size=2).map(b"".join),
+).map(lambda parts: b"".join(parts) + b"\r\n")
 
 
-@settings(max_examples=400, deadline=None)
-@given(st.lists(CHUNK, max_size=3).map(b"".join), one_of(b"0\r\n", b"0\r\n", b"00;a\r\n", b"0\n"), TRAILERS)
-@example(b"1;a\r\nx\r\n", b"0\r\n", b"A:b \r\n")
-def test_no_body_is_read_that_llhttp_reads_otherwise(chunks: bytes, last: bytes, trailers: bytes) -> None:
+@settings(max_examples=500, deadline=None)
+@given(spoiled(BODIES))
+@example(b"1;a\r\nx\r\n0\r\nA:b \r\n\r\n")
+def test_no_body_is_read_that_llhttp_reads_otherwise(raw: bytes) -> None:
     body = ChunkedBody()
-    raw = chunks + last + trailers + b"\r\n"
     try:
         read = body.feed(raw)
     except Unreadable:
         return
+    if not body.complete:
+        return  # the rest may still make it unreadable
     opinion = Opinion()
     parser = httptools.HttpRequestParser(opinion)
     parser.feed_data(CHUNKED)
     parser.feed_data(raw[: len(raw) - len(body.rest)])
-    assert (opinion.body, opinion.trailers, bool(opinion.complete)) == (read, body.trailers, body.complete)
+    assert (opinion.body, opinion.trailers, opinion.complete) == (read, body.trailers, 1)
 
 
 def test_a_good_head_is_read() -> None:

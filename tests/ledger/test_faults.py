@@ -395,7 +395,8 @@ class Visitor:
 
     def scope(self) -> dict[str, Any]:
         return {
-            "type": "http", "http_version": "1.1", "method": "POST", "path": "/echo", "raw_path": b"/echo", "query_string": b"",
+            "type": "http", "http_version": "1.1", "method": "POST",
+            "path": "/echo", "raw_path": b"/echo", "query_string": b"",
             "headers": [(b"host", b"gateway"), (b"authorization", b"Bearer " + self.secret.encode()),
                         (b"content-length", b"2"), (b"x-session-id", b"talk")],
             "client": ("127.0.0.1", 1), "scheme": "http",

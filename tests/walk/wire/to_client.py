@@ -86,8 +86,8 @@ def _close_delimited(message: Message, exchange: Exchange) -> Message:
 
 def _says_close(message: Message, exchange: Exchange) -> Message:
     request = exchange.request
-    # What an early answer ends is not known when its head leaves, unless the body was never asked for.
-    unforeseen = exchange.early and not request.values(b"expect") and message.body
+    # What an early answer ends is not known when its head leaves, unless it refuses or never asked for the body.
+    unforeseen = exchange.early and not request.values(b"expect") and message.body and message.status < 400
     if message.is_interim or unforeseen or not closes(request, exchange.early):
         return message
     return message.adding(b"Connection: close")
