@@ -263,11 +263,12 @@ CHUNKS = [
     ),
     *(
         Payload(f"size {size!r} is five", request(CHUNKED, body=size + b"\r\nhello\r\n" + END), (200,))
-        for size in (b"5", b"05", b"000000000000005", b"5;a", b"5;a=b", b'5;a="b;c"', b"5;", b"5;a=" + b"b" * 100)
+        for size in (b"5", b"05", b"000000000000005", b"5;a", b"5;a=b", b'5;a="b;c"', b"5;a=" + b"b" * 100)
     ),
     *(
         Payload(f"extension {extension!r}", request(CHUNKED, body=b"5;" + extension + b"\r\nhello\r\n" + END), (400,))
         for extension in (
+            b"",
             b"a\nb",
             b"a\rb",
             b"a\n",
