@@ -5,13 +5,14 @@ PYTHON ?=
 VENV   := .venv/bin/python
 PIP    := $(VENV) -m pip --disable-pip-version-check
 
-.PHONY: help run test check bench lock clean
+.PHONY: help run test check proof bench lock clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make run      the gateway with a Valkey, a PostgreSQL and a demo AI router of its own; Ctrl-C ends it'
 	@echo 'make test     the tests; one of them: make test ARGS="tests/limits -k window"'
 	@echo 'make check    lint, format, types, and who may import whom'
+	@echo 'make proof    storms, transfers and fuzzers in their full size; ten minutes and more'
 	@echo 'make bench    the load run: CPU and latency per request, against direct and nginx'
 	@echo 'make lock     the lock files again from pyproject.toml; newest versions: make lock UPGRADE=--upgrade'
 	@echo 'make clean    removes .venv and tool caches; keeps .gateway/, the data of make run'
@@ -27,6 +28,9 @@ check: .venv/.dev
 	$(VENV) -m ruff format --check
 	$(VENV) -m mypy
 	.venv/bin/lint-imports
+
+proof: .venv/.dev
+	@$(VENV) -m pytest --full tests/walk tests/websocket tests/upstream tests/downstream $(ARGS)
 
 bench: .venv/.dev
 	@$(VENV) -m bench $(ARGS)

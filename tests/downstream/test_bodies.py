@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from gateway.downstream import EXTENSION, Bounds, line
+from gateway.downstream.connection import Connection
 from gateway.downstream.incoming import HIGH_WATER_BYTES
 from tests.downstream.site import (
     ANSWERED,
@@ -124,6 +125,13 @@ async def test_an_answer_that_began_early_is_the_last_even_if_it_did_not_say_so(
         await peer.exactly(b"ok" + ANSWERED)
 
 
+async def test_who_was_never_asked_for_its_body_is_told_of_the_end_with_the_head() -> None:
+    """It may send the body all the same, or not: nobody can tell what its next bytes are."""
+    async with serving(early(at_once=False)) as site, site.connect() as peer:
+        peer.write(EXPECTS)
+        assert await peer.rest() == LAST
+
+
 async def test_what_follows_an_early_answer_is_never_a_request() -> None:
     paths = []
 
@@ -181,6 +189,26 @@ async def test_a_body_that_is_not_taken_is_not_read() -> None:
         await pushing
     # What one read brings may come on top; both loops read at most 256 KiB at once.
     assert largest <= HIGH_WATER_BYTES + 256 * 1024
+
+
+async def test_after_a_body_that_nobody_took_the_next_request_is_read() -> None:
+    go_on = asyncio.Event()
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        await go_on.wait()
+        await answer(send, b"ok")
+
+    async with serving(app) as site, site.connect() as peer:
+        peer.write(POST + b"Content-Length: %d\r\n\r\n" % (HIGH_WATER_BYTES + 1) + b"x" * HIGH_WATER_BYTES)
+        await until(lambda: site.tasks)
+        peer.write(b"x")
+        (connection,) = site.server.server_state.connections
+        assert isinstance(connection, Connection)
+        await until(lambda: connection._exchange is not None and connection._exchange.received)
+        go_on.set()
+        await peer.exactly(ANSWERED)
+        peer.write(GET)
+        await peer.exactly(ANSWERED)
 
 
 async def test_a_client_that_does_not_read_holds_the_application_back() -> None:
