@@ -13,7 +13,7 @@ help:
 	@echo 'make test     the tests; one of them: make test ARGS="tests/limits -k window"'
 	@echo 'make check    lint, format, types, and who may import whom'
 	@echo 'make proof    storms, transfers and fuzzers in their full size; ten minutes and more'
-	@echo 'make bench    the load run: CPU and latency per request, against direct and nginx'
+	@echo 'make bench    the load run: CPU and latency per request and event, against httpx, nginx and Envoy where installed'
 	@echo 'make lock     the lock files again from pyproject.toml; newest versions: make lock UPGRADE=--upgrade'
 	@echo 'make clean    removes .venv and tool caches; keeps .gateway/, the data of make run'
 
