@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import redis
+import structlog
 
 from tests import servers
 
@@ -29,6 +30,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def full(request: pytest.FixtureRequest) -> bool:
     """Whether this run is to prove things in their full size."""
     return bool(request.config.getoption("--full"))
+
+
+@pytest.fixture(autouse=True)
+def _as_nobody_configured_logging() -> None:
+    """A gateway of an earlier test, in this process, has set the level and the form of the log."""
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")
