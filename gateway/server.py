@@ -148,20 +148,13 @@ def address(listener: socket.socket) -> str:
 
 
 async def _serve_here(settings: Settings, listener: socket.socket, on_started: Callable[[], None] | None) -> None:
-    logging.getLogger("uvicorn.error").addFilter(_worth_saying)
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # that it starts and stops, we say ourselves
     app = create_app(settings)
     # Modules and configuration live as long as the process. Looked at again by every full collection, they would stop
     # all requests for some 50 ms every few thousand of them.
     gc.collect()
     gc.freeze()
     await Server(app, settings, on_started).serve([listener])
-
-
-def _worth_saying(record: logging.LogRecord) -> bool:
-    """A cut answer is in the access log already, and what scanners send is not news."""
-    return record.levelno >= logging.WARNING and not record.getMessage().startswith(
-        ("ASGI callable returned without completing", "Invalid HTTP request received", "Unsupported upgrade request")
-    )
 
 
 def _work(settings: Settings, listener: socket.socket) -> None:
