@@ -174,7 +174,7 @@ class Passage:
         if self._session is not None:
             added.append((b"x-session-id", self._session.session_id.encode()))
         if self._steps.via is not None:
-            added.append(headers.via(self._steps.via, "1.1"))
+            added.append(headers.via(self._steps.via, answer.http_version))
         return added
 
     def _settle(self, outcome: Outcome, meter: Meter | None, peek: Peek | None) -> None:

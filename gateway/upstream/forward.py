@@ -49,6 +49,8 @@ class Answer:
     trailers: list[Field]
     #: The connection itself, after a 101.
     tunnel: Tunnel | None
+    #: `1.1`, or `1.0`.
+    http_version: str
 
 
 class Forwarding:
@@ -146,6 +148,7 @@ class Forwarding:
             sent,
             found.get("trailers", []),
             tunnel,
+            "1.0" if found.get("http_version") == b"HTTP/1.0" else "1.1",
         )
 
     async def __aexit__(

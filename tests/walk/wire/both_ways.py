@@ -62,5 +62,6 @@ def via(message: Message, exchange: Exchange) -> Message:
     name = exchange.setting.via
     if not name or message.is_interim:
         return message
-    spoken = b"1.0 " if not message.is_answer and exchange.request.is_http_1_0 else b"1.1 "
+    received = message if message.is_answer else exchange.request
+    spoken = b"1.0 " if received.is_http_1_0 else b"1.1 "
     return message.adding(b"Via: " + spoken + name)

@@ -13,6 +13,7 @@ def cases() -> Iterator[Case]:
     yield Case("configured: via", once(ask(b"GET", b"/x", b"Via: 1.0 before"), answer(b"Via: 1.1 theirs")), ways)
     yield Case("configured: via and chunks", once(ask(), answer_chunked(b"a", trailers=(b"X-Sum: 1",))), ways)
     yield Case("configured: via, HTTP/1.0", once_closed(ask(version=b"1.0"), answer()), ways)
+    yield Case("configured: via, an HTTP/1.0 answer", once_closed(ask(), answer(version=b"1.0")), ways)
     yield Case("configured: session named", once(ask(b"GET", b"/x", b"X-Session-Id: talk.{way}")), ways)
     yield Case("configured: a request id of a trusted proxy", once(ask(b"GET", b"/x", b"X-Request-Id: edge-1")), ways)
     claims = (

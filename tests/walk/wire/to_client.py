@@ -103,7 +103,6 @@ def _ends(sizes: Sequence[int]) -> list[int]:
 
 TO_CLIENT = (
     Difference("interim-to-http-1.0", "answer", _interim_to_1_0),
-    Difference("answer-version", "answer", version),
     Difference("answer-connection-fields", "answer", without_connection_fields),
     Difference("answer-field-spacing", "answer", _answer_spacing),
     Difference("status-line-space", "answer", _status_line),
@@ -111,6 +110,7 @@ TO_CLIENT = (
     Difference("request-id", "answer", _answer_id),
     Difference("session-id", "answer", _answer_session),
     Difference("answer-via", "answer", via),
+    Difference("answer-version", "answer", version),
     Difference("chunks-to-http-1.0", "answer", _unchunked_for_1_0),
     Difference("answer-trailers", "answer", trailer_fields),
     Difference("chunk-spelling", "answer", _chunk_spelling),
