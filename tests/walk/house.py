@@ -258,6 +258,14 @@ class Process:
         self.process.send_signal(number)
         return await asyncio.wait_for(self.process.wait(), 30)
 
+    async def drains(self) -> bool:
+        """It was told to end, and knows."""
+        try:
+            async with httpx.AsyncClient() as client:
+                return (await client.get(f"{self.address}/-/ready")).status_code == 503
+        except httpx.TransportError:
+            return True
+
     def events(self, name: str) -> list[Mapping[str, Any]]:
         return [line for line in self.output if line.get("event") == name]
 

@@ -4,7 +4,6 @@ import asyncio
 import json
 import signal
 
-import httpx
 import openai
 import pytest
 
@@ -44,20 +43,12 @@ async def silent(visit: Visit) -> None:
     await visit.until_closed()
 
 
-async def drains(process: Process) -> bool:
-    try:
-        async with httpx.AsyncClient() as client:
-            return (await client.get(f"{process.address}/-/ready")).status_code == 503
-    except httpx.TransportError:
-        return True
-
-
 async def told_to_end(process: Process, signals: int) -> None:
     """One SIGTERM and the drain that follows it, or two at once."""
     assert process.process is not None
     process.process.send_signal(signal.SIGTERM)
     if signals == 2:
-        await until(lambda: drains(process))  # two at once would be one
+        await until(process.drains)  # two at once would be one
         process.process.send_signal(signal.SIGTERM)
     assert await asyncio.wait_for(process.process.wait(), 20) == 0
 
