@@ -244,6 +244,11 @@ class App:
         if self._gateway is not None:
             self._gateway.health.draining = True
 
+    def note_refusal(self, status: int) -> None:
+        """A connection has refused a request before there was one."""
+        if self._gateway is not None:
+            self._gateway.metrics.refused(status)
+
     def end_open(self) -> None:
         """Every open request ends now, is told so where it still can be, and is settled."""
         if self._proxy is not None:

@@ -49,6 +49,7 @@ class Server(uvicorn.Server):
                         head_timeout_s=listen.client_idle_ms / 1000,
                         body_timeout_s=listen.body_timeout_ms / 1000,
                         connections_max=listen.connections_max,
+                        on_refusal=app.note_refusal,
                     )
                 ),
                 ws="none",

@@ -99,6 +99,10 @@ class Metrics(Collector):
             gauge = self._gauges[name] = Gauge(name, help_text, tuple(labels), registry=self.registry)
         (gauge.labels(**labels) if labels else gauge).set_function(read)
 
+    def refused(self, status: int) -> None:
+        """A request was refused before its head could be read, or its client let in."""
+        self._requests["none", str(status), "refused_unread"] += 1
+
     def observe(self, record: Record) -> None:
         self._requests[record.route or "none", str(record.status), record.decision] += 1
         for phase, elapsed_ms in record.phases_ms.items():

@@ -38,9 +38,13 @@ Application = Callable[
 ]
 
 
+def _unheard(status: int) -> None:
+    """Nobody counts refusals."""
+
+
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What a client may take: time and room."""
+    """What a client may take: time and room; and who hears of a client that was refused."""
 
     #: From the connection, or from the first byte of a later request, to the end of the head.
     head_timeout_s: float = 60.0
@@ -48,6 +52,8 @@ class Bounds:
     body_timeout_s: float = 300.0
     #: Connected at once, to one server.
     connections_max: int = 10_000
+    #: Told the status of every refusal that no application ever hears of.
+    on_refusal: Callable[[int], None] = _unheard
 
 
 class Config(Protocol):
@@ -116,6 +122,7 @@ class Connection(Line):
         super().connection_made(transport)
         if len(self._server.connections) >= self.bounds.connections_max:
             busy = "This gateway has as many clients as it can take; try again shortly."
+            self.bounds.on_refusal(503)
             self.write(answer.refusal(503, busy, more=b"Retry-After: 1\r\n"))
             self.linger()
             self.alarm.set(TURN_AWAY_S)
@@ -267,6 +274,8 @@ class Connection(Line):
         to_head = exchange is not None and exchange.request.method == "HEAD"
         if exchange is not None:
             exchange.leave()
+        else:
+            self.bounds.on_refusal(status)
         self.write(answer.refusal(status, says, to_head=to_head))
         self.linger()
 
