@@ -14,13 +14,27 @@ from gateway.config.models import (
     TrustedHeaderSource,
     WebSocket,
 )
-from gateway.config.policies import Limit, Policy, Price, Tokens
+from gateway.config.policies import Limit, Policy, Price, SharedLimit, Tokens, When
 from gateway.config.routes import MethodMismatch, RouteTable
+from gateway.config.rules import CREDITS_MAX
 from gateway.config.schema import json_schema
-from gateway.config.sections import Credits, Ejection, HealthCheck, Listen, Log, Sessions, Stores, Timeouts, Upstream
+from gateway.config.sections import (
+    Credits,
+    Ejection,
+    HealthCheck,
+    LimitsRules,
+    Listen,
+    Log,
+    Sessions,
+    Stores,
+    Timeouts,
+    Unauthenticated,
+    Upstream,
+)
 from gateway.config.values import format_duration, format_size, parse_duration, parse_size
 
 __all__ = [
+    "CREDITS_MAX",
     "REFUSED_PATHS_NOTE",
     "ApiKeySource",
     "Credits",
@@ -32,6 +46,7 @@ __all__ = [
     "JwtKey",
     "JwtSource",
     "Limit",
+    "LimitsRules",
     "Listen",
     "Log",
     "MethodMismatch",
@@ -43,12 +58,15 @@ __all__ = [
     "RouteTable",
     "Sessions",
     "Settings",
+    "SharedLimit",
     "Stores",
     "Timeouts",
     "Tokens",
     "TrustedHeaderSource",
+    "Unauthenticated",
     "Upstream",
     "WebSocket",
+    "When",
     "effective",
     "format_duration",
     "format_size",

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, PlainValidator
 
 from gateway.config.problems import describe, quoted
+from gateway.redis_address import SCHEMES, RedisAddress
 
 Network: TypeAlias = IPv4Network | IPv6Network
 
@@ -49,9 +50,11 @@ def _origin(value: str, schemes: tuple[str, ...], form: str) -> str:
 
 
 def _read_redis(value: str) -> str:
-    parts = split_url(value)
-    if value != "embedded" and (parts is None or parts.scheme not in ("redis", "rediss")):
-        raise ValueError("expected 'embedded' or a URL such as redis://host:6379/0 (rediss:// for TLS)")
+    scheme, found, _ = value.partition("://")
+    if value != "embedded":
+        if not found or scheme.lower() not in SCHEMES:
+            raise ValueError("expected 'embedded' or a URL such as redis://host:6379/0 (rediss:// for TLS)")
+        RedisAddress.parse(value)
     return value
 
 

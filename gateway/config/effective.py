@@ -1,9 +1,13 @@
 """What the configuration amounts to: for every route and plan, the limits, the price and the credits."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from gateway.config.limit_rules import TOKEN_COUNTS
+from gateway.config.limit_values import format_anchor
 from gateway.config.models import Plan, Route, Settings
-from gateway.config.policies import Limit, Policy
+from gateway.config.policies import Limit, Policy, When
+from gateway.config.routes import overlaps
 from gateway.config.values import format_duration
 
 REFUSED_PATHS_NOTE = (
@@ -19,16 +23,53 @@ class EffectiveLimit:
     name: str
     count: str
     limit: int
-    #: None for concurrent requests.
+    #: `sliding`, `gcra` or `calendar`; None for concurrent requests.
+    algorithm: str | None
+    #: None for concurrent requests and calendar periods.
     window_ms: int | None
-    per: str
-    #: False for a token limit on a route whose tokens nobody reads.
+    #: None but for gcra.
+    burst: int | None
+    #: None but for calendar, as the two behind it.
+    period: str | None
+    zone: str | None
+    anchor_minutes: int | None
+    per: tuple[str, ...]
+    #: Only what is given, under the keys of `when`.
+    when: Mapping[str, object]
+    shadow: bool
+    warn_at: float | None
+    #: It belongs to no org.
+    shared: bool
+    #: False where nothing on this route counts against it: the body, or the tokens, that it needs nobody reads.
     applies: bool
 
     def __str__(self) -> str:
-        window = "" if self.window_ms is None else f" in {format_duration(self.window_ms)}"
-        unused = "" if self.applies else " (not here: the route has no usage reader)"
-        return f"{self.name}: {self.limit} {self.count}{window} per {self.per}{unused}"
+        # "60 requests in 1m, 20 at once per user" would promise 20 to each user of everybody's 60.
+        comma = "," if self.algorithm in ("gcra", "calendar") else ""
+        noun = "new sessions" if self.count == "sessions" else self.count.replace("_", " ")
+        whose = f"per {'+'.join(self.per)}" if self.per else "for everybody together"
+        text = f"{self.name}: {self.limit} {noun}{self._window()}{comma} {whose}"
+        if self.when:
+            text += f", when {' and '.join(_spoken(key, value) for key, value in self.when.items())}"
+        if self.warn_at is not None:
+            text += f", warns from {self.warn_at * 100:g} %"
+        notes = [
+            *(["shared by all orgs"] if self.shared else []),
+            *(["shadow: never refuses"] if self.shadow else []),
+            *([] if self.applies else ["not here: the route has no usage reader"]),
+        ]
+        return f"{text} ({'; '.join(notes)})" if notes else text
+
+    def _window(self) -> str:
+        match self.algorithm:
+            case "gcra":
+                return f" per {format_duration(self.window_ms or 0)}, burst {self.burst}"
+            case "calendar":
+                return f" per {self.period} from {_begins(self.period or '', self.anchor_minutes or 0)} {self.zone}"
+            case "sliding":
+                return f" in {format_duration(self.window_ms or 0)}"
+            case _:
+                return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +85,7 @@ class EffectiveRow:
     usage: str | None
     plan: str
     policy: str
+    #: Those of the policy, then those of all orgs together; without the ones whose `when` can never hold here.
     limits: tuple[EffectiveLimit, ...]
     #: Credits per request.
     price: int
@@ -54,13 +96,17 @@ class EffectiveRow:
 def effective(settings: Settings) -> list[EffectiveRow]:
     """One row per route and plan, in the order of the configuration. Every path without a row is refused."""
     return [
-        _row(route, name, plan, settings.policies[plan.policy])
+        _row(settings, route, name, plan, settings.policies[plan.policy])
         for route in settings.routes
         for name, plan in settings.plans.items()
     ]
 
 
-def _row(route: Route, plan_name: str, plan: Plan, policy: Policy) -> EffectiveRow:
+def _row(settings: Settings, route: Route, plan_name: str, plan: Plan, policy: Policy) -> EffectiveRow:
+    own = [_limit(limit, route, shared=False) for limit in policy.limits if _meets(limit.when, route, plan_name)]
+    shared = [
+        _limit(limit, route, shared=True) for limit in settings.shared_limits if _meets(limit.when, route, plan_name)
+    ]
     return EffectiveRow(
         route=route.name,
         path=route.path,
@@ -70,12 +116,58 @@ def _row(route: Route, plan_name: str, plan: Plan, policy: Policy) -> EffectiveR
         usage=route.usage,
         plan=plan_name,
         policy=policy.policy,
-        limits=tuple(_limit(limit, route) for limit in policy.limits),
+        limits=(*own, *shared),
         price=policy.price.per_request,
         credits=plan.credits,
     )
 
 
-def _limit(limit: Limit, route: Route) -> EffectiveLimit:
-    applies = limit.count != "tokens" or route.usage is not None
-    return EffectiveLimit(limit.name, limit.count, limit.limit, limit.window_ms, limit.per, applies)
+def _meets(when: When, route: Route, plan_name: str) -> bool:
+    """Some request of the plan on the route may fulfil `when`, as far as route, method and plan go."""
+    if when.route is not None and not any(overlaps(pattern, route.path) for pattern in when.route):
+        return False
+    if when.method is not None and route.method is not None and not set(when.method) & set(route.method):
+        return False
+    return when.plan is None or plan_name in when.plan
+
+
+def _limit(limit: Limit, route: Route, *, shared: bool) -> EffectiveLimit:
+    some_model = limit.when.model is not None and "*" not in limit.when.model
+    needs_body = limit.count in TOKEN_COUNTS or some_model or limit.when.stream is True
+    is_calendar = limit.algorithm == "calendar"
+    return EffectiveLimit(
+        name=limit.name,
+        count=limit.count,
+        limit=limit.limit,
+        algorithm=None if limit.count == "concurrent" else limit.algorithm,
+        window_ms=limit.window_ms,
+        burst=limit.burst,
+        period=limit.period,
+        zone=limit.zone if is_calendar else None,
+        anchor_minutes=limit.anchor_minutes if is_calendar else None,
+        per=limit.per,
+        when=limit.when.model_dump(exclude_none=True),
+        shadow=limit.shadow,
+        warn_at=limit.warn_at,
+        shared=shared,
+        applies=not needs_body or route.usage is not None,
+    )
+
+
+def _begins(period: str, anchor_minutes: int) -> str:
+    """`the 15th 06:00`, `mon`, `06:00`, `:15`"""
+    anchor = format_anchor(period, anchor_minutes)
+    if period != "month":
+        return anchor
+    day, _, clock = anchor.partition(" ")
+    ending = {1: "st", 2: "nd", 3: "rd", 21: "st", 22: "nd", 23: "rd"}.get(int(day), "th")
+    return f"the {day}{ending} {clock}".rstrip()
+
+
+def _spoken(key: str, value: object) -> str:
+    """One condition of `when`."""
+    if key == "stream":
+        return "streaming" if value else "not streaming"
+    if not isinstance(value, tuple):
+        return key
+    return f"with {' and '.join(value)}" if key == "header" else f"{key} {' or '.join(value)}"

@@ -11,8 +11,9 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from gateway.config import checks
+from gateway.config import checks, limit_checks
 from gateway.config.models import Settings
+from gateway.config.plain import is_broken, problem
 from gateway.config.policies import Policy
 from gateway.config.problems import Path, Problem, located, nearest, plain_words, quoted
 from gateway.config.source import Document, parse, read
@@ -24,18 +25,21 @@ M = TypeVar("M", bound=BaseModel)
 _POLICY_SUFFIXES = (".yaml", ".yml")
 
 
-def load(path: str | FilePath, environ: Mapping[str, str] | None = None) -> Settings:
+def load(
+    path: str | FilePath, environ: Mapping[str, str] | None = None, *, policies: str | FilePath | None = None
+) -> Settings:
     """The settings in the file at `path` and the policies beside it.
 
-    environ: what `${NAME}` means, the process's own environment when left out. Raises ConfigError listing every
-    mistake of every file as `file:line: what`; nothing else is raised for anything a file may contain.
+    policies: a directory to read policies from in place of the one that the file names. environ: what `${NAME}` means,
+    the process's own environment when left out. Raises ConfigError listing every mistake of every file as
+    `file:line: what`; nothing else is raised for anything a file may contain.
     """
     environ = os.environ if environ is None else environ
     file = FilePath(path)
     document = read(file, environ)
     problems: list[Problem] = []
-    policies = _read_policies(document, file.parent, environ, problems)
-    return _settle(document, policies, file.parent, problems)
+    found = _read_policies(document, file.parent, environ, problems, policies)
+    return _settle(document, found, file.parent, problems)
 
 
 def load_text(
@@ -61,10 +65,8 @@ def _settle(
         problems.extend(doc.problems)
     compiled = [policy for doc in policies if (policy := _model(Policy, doc, None, problems)) is not None]
     settings = _model(Settings, document, base, problems)
-    for doc in policies:
-        problems.extend(checks.policy(doc))
     problems.extend(checks.policies_together(policies))
-    problems.extend(checks.tokens_are_counted(document, policies))
+    problems.extend(limit_checks.limits(document, policies))
     problems.extend(checks.messages_are_counted(document, policies))
     names = None if policy_documents is None else list(_policy_names(policy_documents))
     problems.extend(checks.gateway(document, names))
@@ -91,6 +93,9 @@ def _explained(exc: ValidationError, doc: Document, model: type[BaseModel]) -> I
         path: Path = nearest(error["loc"], doc.lines)
         if path in doc.broken or _follows_from_another(error):
             continue
+        if error["type"] == "cross_field" and is_broken(doc, path):
+            # Between keys of which one could not be read; the checks of the document know that.
+            continue
         text = plain_words(error, path, model)
         line = doc.lines[path]
         if error["type"] == "extra_forbidden":
@@ -114,16 +119,23 @@ def _policy_names(docs: Sequence[Document]) -> Iterator[str]:
 
 
 def _read_policies(
-    document: Document, base: FilePath, environ: Mapping[str, str], problems: list[Problem]
+    document: Document,
+    base: FilePath,
+    environ: Mapping[str, str],
+    problems: list[Problem],
+    instead: str | FilePath | None,
 ) -> list[Document] | None:
-    """Every policy file beside `document`, in order of name; None when their directory cannot be listed."""
+    """Every policy file beside `document`, or in `instead`, in order of name; None when their directory cannot be
+    listed."""
     written = document.value.get("policies", POLICIES_DIRECTORY) if isinstance(document.value, dict) else None
     place: Path = ("policies",)
     if isinstance(document.value, dict) and not isinstance(written, str):
         if place not in document.broken:
-            problems.append(checks.problem(document, place, "expected the name of a directory"))
+            problems.append(problem(document, place, "expected the name of a directory"))
         return None
     directory = base / (written if isinstance(written, str) else POLICIES_DIRECTORY)
+    if instead is not None:
+        directory = FilePath(instead)
     try:
         files = sorted(
             file
@@ -133,11 +145,11 @@ def _read_policies(
     except (OSError, ValueError) as exc:
         if document.readable:
             reason = getattr(exc, "strerror", None) or str(exc)
-            problems.append(checks.problem(document, place, f"cannot list {quoted(str(directory))}: {reason}"))
+            problems.append(problem(document, place, f"cannot list {quoted(str(directory))}: {reason}"))
         return None
     if len(files) > _POLICY_FILES_MAX:
         text = f"{quoted(str(directory))} holds {len(files)} policy files, at most {_POLICY_FILES_MAX} are read"
-        problems.append(checks.problem(document, place, text))
+        problems.append(problem(document, place, text))
     return [read(file, environ) for file in files[:_POLICY_FILES_MAX]]
 
 

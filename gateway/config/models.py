@@ -13,9 +13,10 @@ from pydantic_core import CoreSchema, core_schema
 
 from gateway.config import rules
 from gateway.config.addresses import JwksUrl, NetworkText
-from gateway.config.policies import Policy
+from gateway.config.policies import Policy, SharedLimit
 from gateway.config.sections import (
     Credits,
+    LimitsRules,
     Listen,
     Log,
     OptionalFile,
@@ -24,6 +25,7 @@ from gateway.config.sections import (
     Section,
     Sessions,
     Stores,
+    Unauthenticated,
     Upstream,
 )
 from gateway.config.values import Flag, HeaderName, Method, Name, Text, duration, empty_is_none, matching, size, whole
@@ -186,7 +188,7 @@ class Route(Section):
     ] = None
     upstream: Name
     #: Whose error bodies a refusal imitates.
-    dialect: Literal["openai", "problem"] = "problem"
+    dialect: Literal["openai", "anthropic", "problem"] = "problem"
     #: The format an answer reports its tokens in; None: tokens are not counted here.
     usage: Annotated[
         Literal["openai_chat"] | None,
@@ -225,6 +227,10 @@ class Settings(Section):
     routes: tuple[Route, ...] = Field(min_length=1, max_length=1_000)
     sessions: Sessions = Field(default_factory=Sessions)
     credits: Credits = Field(default_factory=Credits)
+    #: What all orgs share; a policy's limits are each org's own.
+    shared_limits: tuple[SharedLimit, ...] = Field(default=(), max_length=rules.LIMITS_MAX)
+    limits: LimitsRules = Field(default_factory=LimitsRules)
+    unauthenticated: Unauthenticated = Field(default_factory=Unauthenticated)
     log: Log = Field(default_factory=Log)
     #: By policy name. In YAML this key names their directory; the loader reads it.
     policies: dict[str, Policy] = Field(default_factory=dict)

@@ -23,7 +23,6 @@ READ_BYTES_MAX = 131_072
 
 _MALFORMED_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 _ESCAPE_BUT_SLASHES = re.compile(rb"%(?!2[Ff]|5[Cc])([0-9A-Fa-f]{2})")
-_SLASHES = re.compile(rb"%(?!2[Ff]|5[Cc])([0-9A-Fa-f]{2})")
 #: RFC 3986 §2.3: `-`, `.`, digits, letters, `_` and `~` mean the same escaped or not, so normalisers unescape them.
 _NEEDLESS_ESCAPE = re.compile(rb"%(2[DdEe]|3[0-9]|[46][1-9A-Fa-f]|[57][0-9Aa]|5[Ff]|7[Ee])")
 _SLASHES = re.compile(rb"/{2,}")

@@ -133,6 +133,12 @@ def covers(pattern: str, path: str) -> bool:
     return _covers(pattern.encode(), path.encode())
 
 
+def overlaps(pattern: str, path: str) -> bool:
+    """`pattern` means some of the requests that the route at `path` takes: all of them or, regardless of case, a part
+    of what lies below a path that ends in `/*`."""
+    return covers(pattern, path) or covers(path.lower(), pattern.lower())
+
+
 def _covers(pattern: bytes, path: bytes) -> bool:
     return pattern == path or (pattern.endswith(b"/*") and path.startswith(pattern[:-1]))
 

@@ -12,6 +12,8 @@ from gateway.config.values import format_duration
 #: 1 credit is 1,000,000 micro-credits, and Redis scripts compute exactly up to 2^53.
 CREDITS_MAX = 9_000_000_000
 LIMIT_MAX = 1_000_000_000_000
+#: Of one policy, and of what all orgs share.
+LIMITS_MAX = 16
 
 ROUTE_PATH = r"/(?:[A-Za-z0-9._~!$&'()+,;=:@/-]*(?:(?<=/)\*)?)"
 ROUTE_PATH_FORM = "a route path: it starts with '/', is written decoded, and may end in '/*' for everything below"
@@ -31,14 +33,6 @@ class Mistake:
 
     text: str
     field: str = ""
-
-
-def limit_window(count: object, has_window: bool) -> list[Mistake]:
-    if count in ("requests", "tokens") and not has_window:
-        return [Mistake(f"a limit on {count} needs a 'window' such as 1m")]
-    if count == "concurrent" and has_window:
-        return [Mistake("a limit on concurrent requests has no window: it counts those in flight", "window")]
-    return []
 
 
 def heartbeat(heartbeat_ms: int, lease_ms: int) -> list[Mistake]:

@@ -6,6 +6,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from gateway.config import models, policies, sections
+from gateway.config.limit_values import read_anchor
 from gateway.config.values import FROM_ENV_PATTERN, DurationReader, SizeReader, format_duration, format_size
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -53,7 +54,7 @@ def _or_from_env(below: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_as_in_yaml(definition: dict[str, Any], info: FieldInfo) -> None:
-    """Defaults with a unit appear as one writes them: `2s`, not 2000."""
+    """Defaults appear as one writes them: `2s`, not 2000."""
     if not isinstance(info.default, int) or "default" not in definition:
         return
     for mark in info.metadata:
@@ -62,3 +63,6 @@ def _write_as_in_yaml(definition: dict[str, Any], info: FieldInfo) -> None:
             definition["default"] = format_duration(info.default)
         elif isinstance(reader, SizeReader):
             definition["default"] = format_size(info.default)
+        elif reader is read_anchor:
+            # The natural beginning is written differently for each period.
+            del definition["default"]

@@ -187,6 +187,33 @@ class Credits(Section):
         return rules.heartbeat(self.heartbeat_ms, self.lease_ms)
 
 
+class LimitsRules(Section):
+    """How limits are answered and remembered; the limits themselves are in policies and under shared_limits."""
+
+    #: What is left of the limits is said in RateLimit, RateLimit-Policy and the fields of the route's dialect.
+    #: Retry-After is there in any case.
+    headers: Flag = True
+    #: How long a denial is remembered at most, so that whoever keeps asking costs no round trip; 0s: not at all. What is
+    #: given back in another process meanwhile is not seen for so long.
+    deny_cache_ms: Annotated[int, duration("0s", "10s")] = Field(default=1_000, alias="deny_cache")
+    #: Denials remembered at once, per worker.
+    deny_cache_entries_max: Annotated[int, whole(1, 10_000_000)] = 10_000
+    #: Overrides of orgs in memory, per worker.
+    overrides_max: Annotated[int, whole(1, 10_000_000)] = 100_000
+
+
+class Unauthenticated(Section):
+    """What one client network may get wrong before anybody is known: per process, an IPv4 address or an IPv6 /64."""
+
+    #: Refused for the lack of a good credential or of a route, per window; 0: not counted.
+    failures: Annotated[int, whole(0, 1_000_000)] = 60
+    window_ms: Annotated[int, duration("1s", "24h")] = Field(default=60_000, alias="window")
+    #: At once.
+    burst: Annotated[int, whole(1, 1_000_000)] = 30
+    #: Networks remembered at once; when they get too many, newcomers share an entry with their neighbours.
+    networks_max: Annotated[int, whole(1, 10_000_000)] = 65_536
+
+
 class Log(Section):
     """How the gateway speaks to its operator."""
 

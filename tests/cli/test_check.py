@@ -70,3 +70,83 @@ def test_the_file_may_be_named_by_the_environment(gateway: CommandLine, tmp_path
     result = CliRunner().invoke(app, ["check"], env={"GATEWAY_CONFIG": str(gateway.config)})
     assert result.exit_code == 0
     assert f"{gateway.config} is valid" in result.stderr
+
+
+SHARED = """\
+shared_limits:
+  - { name: everybody, count: requests, limit: 9, algorithm: gcra, window: 1s, burst: 3, shadow: true }
+  - { name: addresses, count: requests, limit: 9, window: 1s, per: [upstream, client_ip], cardinality: 50 }
+"""
+
+
+def with_limits(gateway: CommandLine, *limits: str) -> None:
+    written = "".join(f"  - {{ {limit} }}\n" for limit in limits)
+    (gateway.directory / "policies" / "trial.yaml").write_text(f"policy: trial\nlimits:\n{written}")
+    gateway.config.write_text(gateway.config.read_text() + SHARED)
+
+
+def test_check_shows_what_is_shared_and_only_what_a_route_can_meet(gateway: CommandLine) -> None:
+    with_limits(gateway, "name: files, count: requests, limit: 5, window: 1m, per: route, when: { route: /files/* }")
+    said = gateway.do("check").out
+    assert said.count("files: 5 requests in 1m per route, when route /files/*") == 2
+    assert said.count("everybody: 9 requests per 1s, burst 3, for everybody together (shared by all orgs; shadow") == 4
+
+
+def test_check_prints_how_much_memory_counters_can_take(gateway: CommandLine) -> None:
+    with_limits(
+        gateway,
+        "name: rpm, count: requests, limit: 5, window: 1m",
+        "name: each-route, count: requests, limit: 5, window: 1m, per: route",
+        "name: users, count: tokens, limit: 500, window: 1m, per: [route, user], cardinality: 100",
+    )
+    memory = gateway.do("check", "--json").json()["memory"]
+    counted = {one["limit"]: one["counters_max"] for one in memory["policies"]["trial"]["limits"]}
+    # Tokens are only counted on the one route that reads them, and slots take in what a route is.
+    assert counted == {"rpm": 1, "each-route": 2, "users": 100}
+    assert {one["limit"]: one["counters_max"] for one in memory["shared_limits"]["limits"]} == {
+        "everybody": 1,
+        "addresses": 50,
+    }
+    for part in (memory["policies"]["trial"], memory["shared_limits"]):
+        each = [one["counters_max"] * one["counter_bytes_max"] for one in part["limits"]]
+        assert part["bytes_max"] == sum(each) > 0
+    said = gateway.do("check").out
+    assert "users: 100 of" in said
+    assert "shared_limits" in said
+
+
+def test_a_policy_without_limits_takes_no_memory(gateway: CommandLine) -> None:
+    (gateway.directory / "policies" / "trial.yaml").write_text("policy: trial\n")
+    answer = gateway.do("check", "--json").json()
+    assert answer["memory"] == {
+        "policies": {"trial": {"bytes_max": 0, "limits": []}},
+        "shared_limits": {"bytes_max": 0, "limits": []},
+    }
+    assert "none" in gateway.do("check").out
+
+
+def test_the_json_of_a_limit_says_everything_that_it_is(gateway: CommandLine) -> None:
+    with_limits(
+        gateway,
+        "name: q, count: requests, limit: 5, algorithm: calendar, period: month, anchor: 2, warn_at: 0.5,"
+        " per: [user, model], when: { method: POST, stream: true }",
+    )
+    (limit, everybody, _) = gateway.do("check", "--json").json()["rows"][0]["limits"]
+    assert limit == {
+        "name": "q",
+        "count": "requests",
+        "limit": 5,
+        "algorithm": "calendar",
+        "window_ms": None,
+        "burst": None,
+        "period": "month",
+        "zone": "UTC",
+        "anchor_minutes": 1440,
+        "per": ["user", "model"],
+        "when": {"method": ["POST"], "stream": True},
+        "shadow": False,
+        "warn_at": 0.5,
+        "shared": False,
+        "applies": True,
+    }
+    assert (everybody["burst"], everybody["shadow"], everybody["shared"], everybody["zone"]) == (3, True, True, None)

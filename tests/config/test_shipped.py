@@ -14,6 +14,7 @@ from gateway.config import (
     JwtKey,
     JwtSource,
     Limit,
+    LimitsRules,
     Listen,
     Log,
     Plan,
@@ -22,12 +23,15 @@ from gateway.config import (
     Route,
     Sessions,
     Settings,
+    SharedLimit,
     Stores,
     Timeouts,
     Tokens,
     TrustedHeaderSource,
+    Unauthenticated,
     Upstream,
     WebSocket,
+    When,
     effective,
     json_schema,
     load,
@@ -38,7 +42,7 @@ ROOT = Path(__file__).parents[2]
 GATEWAY_YAML = ROOT / "gateway.yaml"
 SECTIONS: list[type[BaseModel]] = [
     *(ApiKeySource, Credits, JwtKey, JwtSource, Listen, Log, Plan, Route, Sessions, Settings, Stores, Timeouts),
-    *(TrustedHeaderSource, Upstream, WebSocket),
+    *(TrustedHeaderSource, Upstream, WebSocket, LimitsRules, Unauthenticated),
 ]
 
 
@@ -55,6 +59,9 @@ def test_gateway_yaml_needs_nothing_from_the_environment_and_says_the_defaults()
         (loaded.listen, Listen()),
         (loaded.sessions, Sessions()),
         (loaded.credits, Credits()),
+        (loaded.limits, LimitsRules()),
+        (loaded.unauthenticated, Unauthenticated()),
+        (loaded.shared_limits, ()),
         (loaded.log, Log()),
     ]:
         assert written == default
@@ -76,6 +83,15 @@ def test_the_commented_identity_examples_work() -> None:
     assert [type(source) for source in loaded.identity] == [ApiKeySource, JwtSource, TrustedHeaderSource]
 
 
+def test_the_commented_shared_limits_work() -> None:
+    text = GATEWAY_YAML.read_text()
+    start, end = text.index("shared_limits: []"), text.index("\nlimits:")
+    uncommented = re.sub(r"(?m)^  # ", "  ", text[start:end]).replace("shared_limits: []", "shared_limits:")
+    policies = {file.name: file.read_text() for file in (ROOT / "policies").glob("*.yaml")}
+    loaded = load_text(text[:start] + uncommented + text[end:], policies)
+    assert [limit.name for limit in loaded.shared_limits] == ["router", "trials"]
+
+
 def test_stores_and_router_come_from_the_environment() -> None:
     environ = {
         "REDIS_URL": "redis://cache:6379/0",
@@ -94,10 +110,15 @@ def test_the_policy_readme_explains_every_key_with_an_example_that_loads() -> No
     examples = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
     gateway = (Path(__file__).parents[1] / "policies" / "good_smallest.yaml").read_text()
     gateway += "  - { path: /realtime, upstream: router, websocket: { count_messages: true } }\n"
+    gateway = gateway.replace("policy: trial", "policy: pro")
     for number, example in enumerate(examples):
-        load_text(gateway.replace("policy: trial", "policy: pro"), {f"example{number}.yaml": example})
+        if example.startswith("shared_limits:"):
+            assert load_text(gateway + example, {"pro.yaml": "policy: pro"}).shared_limits
+        else:
+            load_text(gateway, {f"example{number}.yaml": example})
     written = "".join(examples)
-    for model in (Policy, Limit, Price, Tokens):
+    assert "shared_limits:" in written
+    for model in (Policy, Limit, When, Price, Tokens):
         assert [key for key in aliases(model) if f"`{key}" not in readme or f"{key}:" not in written] == []
 
 
@@ -137,4 +158,12 @@ def test_the_json_schema_knows_every_key_and_speaks_yaml() -> None:
     assert kinds == [["api_key"], ["jwt"], ["trusted_header"]]
     policy = json_schema("policy")
     assert set(policy["properties"]) == set(aliases(Policy))
-    assert set(policy["$defs"]["Limit"]["properties"]) == set(aliases(Limit))
+    limit = policy["$defs"]["Limit"]["properties"]
+    assert set(limit) == set(aliases(Limit))
+    assert "default" not in limit["anchor"]
+    assert set(policy["$defs"]["When"]["properties"]) == set(aliases(When))
+    assert set(schema["$defs"]["SharedLimit"]["properties"]) == set(aliases(SharedLimit))
+    per, shared_per = limit["per"]["anyOf"][0]["pattern"], schema["$defs"]["SharedLimit"]["properties"]["per"]
+    assert re.search(per, "claim:team") and re.search(per, "${PER}") and not re.search(per, "upstream")
+    assert re.search(shared_per["anyOf"][1]["items"]["pattern"], "upstream")
+    assert schema["$defs"]["LimitsRules"]["properties"]["deny_cache"]["default"] == "1s"
