@@ -18,12 +18,14 @@ from typing import assert_never
 
 from gateway.types import Charge, Outcome, Usage
 
+NOTHING = Usage(0, 0)
+
 
 def settle(outcome: Outcome, usage: Usage | None, price_ucredits: int, token_estimate: int) -> Charge:
     """The charge for a request that ended as `outcome`.
 
     usage: what the meter learned, None when it learned nothing. price_ucredits, token_estimate: what the hold
-    reserved, both >= 0. `Charge.tokens` is what to book instead of the estimate; None leaves the estimate booked.
+    reserved, both >= 0. `Charge.usage` is what to book instead of the estimate; None leaves the estimate booked.
 
     A client that left before the upstream gave any byte pays the flat price: the upstream has the request and may
     be working on it. Its tokens are those of the input when the caller can tell (`meter.unanswered`), else the
@@ -31,9 +33,9 @@ def settle(outcome: Outcome, usage: Usage | None, price_ucredits: int, token_est
     """
     match outcome:
         case Outcome.NEVER_REACHED:
-            return Charge(0, 0, keep_requests=False, basis="released")
+            return Charge(0, NOTHING, keep_requests=False, basis="released")
         case Outcome.UPSTREAM_REFUSED:
-            return Charge(0, 0, keep_requests=True, basis="released")
+            return Charge(0, NOTHING, keep_requests=True, basis="released")
         case Outcome.COMPLETE:
             return _complete(usage, price_ucredits, token_estimate)
         case Outcome.UPSTREAM_BROKE | Outcome.CLIENT_LEFT | Outcome.CUT:
@@ -47,9 +49,8 @@ def _complete(usage: Usage | None, price_ucredits: int, token_estimate: int) -> 
         # A flat price is exact without any usage; only booked tokens can be an estimate.
         return Charge(price_ucredits, None, keep_requests=True, basis="estimated" if token_estimate else "exact")
     if usage.exact:
-        return Charge(price_ucredits, usage.total_tokens, keep_requests=True, basis="exact")
-    # What is only a lower bound may raise the estimate, never lower it.
-    return Charge(price_ucredits, max(usage.total_tokens, token_estimate), keep_requests=True, basis="estimated")
+        return Charge(price_ucredits, usage, keep_requests=True, basis="exact")
+    return Charge(price_ucredits, usage, keep_requests=True, basis="estimated", at_least=True)
 
 
 def _cut_short(usage: Usage | None, price_ucredits: int) -> Charge:
@@ -57,4 +58,4 @@ def _cut_short(usage: Usage | None, price_ucredits: int) -> Charge:
         return Charge(price_ucredits, None, keep_requests=True, basis="under_estimate")
     # The final count had already passed when the connection ended: nothing was missed.
     basis = "exact" if usage.exact else "under_estimate"
-    return Charge(price_ucredits, usage.total_tokens, keep_requests=True, basis=basis)
+    return Charge(price_ucredits, usage, keep_requests=True, basis=basis)

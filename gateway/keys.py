@@ -11,14 +11,18 @@ from hashlib import blake2b
 #: Orgs that may have open holds or an unposted outbox: zset, member org id, score last activity in ms.
 ACTIVE_ORGS = "gateway:active"
 
+#: Stands for an org where limits are kept that no org owns; no org id can be this.
+SHARED = "*"
+
 
 def mirror(org_id: str) -> str:
-    """Whole credits for the application to read: string, EX 3600. Written here, never read."""
-    return f"ai_credits:org_{org_id}"
+    """Whole credits for the application to read: string, EX 3600. Written here, never read; never at all of SHARED,
+    whose name only has to lie in its slot."""
+    return f"{tag(SHARED)}:m" if org_id == SHARED else f"ai_credits:org_{org_id}"
 
 
-def tag(org_id: str) -> str:
-    return f"{{ai_credits:org_{org_id}}}"
+def tag(owner: str) -> str:
+    return "{gateway:shared}" if owner == SHARED else f"{{ai_credits:org_{owner}}}"
 
 
 def account(org_id: str) -> str:
@@ -46,14 +50,19 @@ def tombstone(org_id: str, request_id: str) -> str:
     return f"{tag(org_id)}:t:{request_id}"
 
 
-def limit(org_id: str, name: str, scope: str, subject: str) -> str:
-    """The counter of one limit for one subject. The org itself needs no subject."""
-    return f"{tag(org_id)}:l:{name}" if scope == "org" else f"{tag(org_id)}:l:{name}:{digest(subject)}"
+def counter(owner: str, name: str) -> str:
+    """The counter of one limit for one subject, of the org `owner` or of SHARED; `name` is `limits.counter_name`'s."""
+    return f"{tag(owner)}:l:{name}"
 
 
 def session(org_id: str, session_id: str) -> str:
     """Hash: the conversation's record."""
-    return f"{tag(org_id)}:s:{digest(session_id)}"
+    return session_record(org_id, digest(session_id))
+
+
+def session_record(org_id: str, session_digest: str) -> str:
+    """The same, for whoever knows only the digest of the id."""
+    return f"{tag(org_id)}:s:{session_digest}"
 
 
 def session_index(org_id: str) -> str:

@@ -6,7 +6,7 @@ Money is micro-credits (`ucredits`, 1 credit = 1,000,000), time is milliseconds,
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 UCREDITS_PER_CREDIT = 1_000_000
 
@@ -25,6 +25,8 @@ class Principal:
     key_id: str | None
     #: The identity source that recognised the credential: `api_key`, `jwt`, `trusted_header`.
     source: str
+    #: Verified claims of the credential that some limit is per, by name.
+    claims: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,21 +71,79 @@ class Peek:
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
-    """One limit applied to one request: `cost` of `limit` per `window_ms` for `subject`."""
+class Calendar:
+    """When the periods of a quota begin: at `anchor`, in the local time of `zone`."""
+
+    #: `hour`, `day`, `week` or `month`.
+    period: str
+    #: IANA name.
+    zone: str = "UTC"
+    #: Minutes after the natural beginning of the period; for `week` that is Monday, for `month` the first, at midnight.
+    anchor_minutes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """One limit as it binds one org: compiled from a policy, shared by every Demand on it."""
 
     name: str
     #: The limit kind that judges it: a key of `limits.KINDS`.
     kind: str
-    #: What is counted: `requests`, `tokens` or `concurrent`.
+    #: What is counted: `requests`, `tokens`, `input_tokens`, `output_tokens`, `ucredits`, `concurrent`, `sessions`.
     unit: str
-    #: Whose share it is: `org`, `user`, `key`, `session`.
+    #: Whose share it is, for people: `org`, `user`, `user+model`, ...; of a shared one `everybody`, `upstream`, ...
     scope: str
-    subject: str
+    #: In `unit`. For `gcra` what flows back in each `window_ms`.
     limit: int
-    #: Length of the window; for `concurrent` the length of a lease.
+    #: Length of the window; for `concurrent` of a lease, for `calendar` of a period, nominally.
     window_ms: int
+    #: `gcra` only: the most that may be taken at once.
+    burst: int = 0
+    #: `calendar` only.
+    calendar: Calendar | None = None
+    #: Judged and counted, never a reason to refuse.
+    shadow: bool = False
+    #: The part of it from which on clients are warned.
+    warn_at: float | None = None
+    #: It belongs to no org.
+    shared: bool = False
+
+    @property
+    def capacity(self) -> int:
+        """The most that one request can ever be given."""
+        return self.burst or self.limit
+
+    def __hash__(self) -> int:
+        # Looked up several times per request, so not over all fields. Names alone would not do: every org that has a
+        # number of its own for a limit has a Limit of that name.
+        return hash((self.name, self.limit, self.burst))
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """One limit applied to one request: `cost` of it for `subject`."""
+
+    limit: Limit
+    #: Stands in the counter's key: empty for the whole org, else of fixed length and bounded in number.
+    subject: str
     cost: int
+    #: What is counted once, however often it comes: the digest of the session, for `sessions`.
+    member: str = ""
+
+
+class LimitState(NamedTuple):
+    """One limit as it was judged for one request. A tuple, since each request makes one for each of its limits."""
+
+    limit: Limit
+    cost: int
+    #: Before this request.
+    used: int
+    #: After it: what was asked is taken off when the request was admitted.
+    remaining: int
+    #: 0: it fits; else when it would, if nobody else takes it.
+    retry_ms: int
+    #: Until all of it is there again if nothing more is taken; None where nobody can know.
+    reset_ms: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +160,8 @@ class Refusal:
     should_retry: bool | None = None
     #: Facts a program can act on (limit, scope, used, ...); JSON values only.
     details: Mapping[str, Any] = field(default_factory=dict)
+    #: Every limit that was judged, the most restrictive first.
+    limits: tuple[LimitState, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +196,13 @@ class Charge:
 
     ucredits: int
     #: Tokens to book in place of the estimate; None keeps the estimate.
-    tokens: int | None
+    usage: Usage | None
     #: False gives the request counts back (the upstream never saw the request).
     keep_requests: bool
     #: `exact`, `estimated`, `under_estimate` or `released`: how well the charge is known.
     basis: str
+    #: `usage` is a lower bound: it may raise the estimate, never lower it.
+    at_least: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,20 +4,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.admission.hold import actual_of
 from gateway.charge import settle
 from gateway.types import Charge, Outcome, Usage
+from tests.limits.given import demand
 
 PRICE, ESTIMATE = 2_000_000, 900
 EXACT = Usage(30, 12)
 SO_FAR = Usage(30, 5, exact=False)
 MORE_THAN_ESTIMATED = Usage(1000, 5, exact=False)
 
-RELEASED = Charge(0, 0, keep_requests=False, basis="released")
-REFUSED = Charge(0, 0, keep_requests=True, basis="released")
+NOTHING = Usage(0, 0)
+RELEASED = Charge(0, NOTHING, keep_requests=False, basis="released")
+REFUSED = Charge(0, NOTHING, keep_requests=True, basis="released")
 
 
-def charged(tokens: int | None, basis: str) -> Charge:
-    return Charge(PRICE, tokens, keep_requests=True, basis=basis)
+def charged(usage: Usage | None, basis: str) -> Charge:
+    return Charge(PRICE, usage, keep_requests=True, basis=basis, at_least=basis == "estimated" and usage is not None)
 
 
 TABLE = [
@@ -28,18 +31,18 @@ TABLE = [
     (Outcome.UPSTREAM_REFUSED, EXACT, REFUSED),
     (Outcome.UPSTREAM_REFUSED, SO_FAR, REFUSED),
     (Outcome.COMPLETE, None, charged(None, "estimated")),
-    (Outcome.COMPLETE, EXACT, charged(42, "exact")),
-    (Outcome.COMPLETE, SO_FAR, charged(ESTIMATE, "estimated")),
-    (Outcome.COMPLETE, MORE_THAN_ESTIMATED, charged(1005, "estimated")),
+    (Outcome.COMPLETE, EXACT, charged(EXACT, "exact")),
+    (Outcome.COMPLETE, SO_FAR, charged(SO_FAR, "estimated")),
+    (Outcome.COMPLETE, MORE_THAN_ESTIMATED, charged(MORE_THAN_ESTIMATED, "estimated")),
     (Outcome.UPSTREAM_BROKE, None, charged(None, "under_estimate")),
-    (Outcome.UPSTREAM_BROKE, EXACT, charged(42, "exact")),
-    (Outcome.UPSTREAM_BROKE, SO_FAR, charged(35, "under_estimate")),
+    (Outcome.UPSTREAM_BROKE, EXACT, charged(EXACT, "exact")),
+    (Outcome.UPSTREAM_BROKE, SO_FAR, charged(SO_FAR, "under_estimate")),
     (Outcome.CLIENT_LEFT, None, charged(None, "under_estimate")),
-    (Outcome.CLIENT_LEFT, EXACT, charged(42, "exact")),
-    (Outcome.CLIENT_LEFT, SO_FAR, charged(35, "under_estimate")),
+    (Outcome.CLIENT_LEFT, EXACT, charged(EXACT, "exact")),
+    (Outcome.CLIENT_LEFT, SO_FAR, charged(SO_FAR, "under_estimate")),
     (Outcome.CUT, None, charged(None, "under_estimate")),
-    (Outcome.CUT, EXACT, charged(42, "exact")),
-    (Outcome.CUT, SO_FAR, charged(35, "under_estimate")),
+    (Outcome.CUT, EXACT, charged(EXACT, "exact")),
+    (Outcome.CUT, SO_FAR, charged(SO_FAR, "under_estimate")),
 ]
 
 
@@ -65,15 +68,31 @@ def test_a_flat_price_is_charged_in_full_or_not_at_all(
     reached = outcome not in (Outcome.NEVER_REACHED, Outcome.UPSTREAM_REFUSED)
     assert charge.ucredits == (price if reached else 0)
     assert charge.keep_requests == (outcome is not Outcome.NEVER_REACHED)
-    assert charge.tokens is None or charge.tokens >= 0
+    assert reached or charge.usage == NOTHING
 
 
-@given(st.sampled_from([Outcome.COMPLETE, Outcome.UPSTREAM_BROKE, Outcome.CLIENT_LEFT]), usages, counts)
+UNITS = ("tokens", "input_tokens", "output_tokens")
+
+
+@given(st.sampled_from([o for o in Outcome if o not in (Outcome.NEVER_REACHED, Outcome.UPSTREAM_REFUSED)]), usages, counts)
 def test_tokens_are_never_below_what_was_delivered(outcome: Outcome, usage: Usage | None, estimate: int) -> None:
     charge = settle(outcome, usage, 1, estimate)
 
-    booked = estimate if charge.tokens is None else charge.tokens
-    assert booked >= (usage.total_tokens if usage else 0)
+    for unit in UNITS:
+        booked = actual_of(demand("tpm", "sliding", unit, "org", "", 1 << 50, 60_000, estimate), charge)
+        if usage is None:
+            assert booked == estimate
+        else:
+            assert booked >= (usage.total_tokens if unit == "tokens" else getattr(usage, unit))
+
+
+@given(usages.filter(bool), counts)
+def test_a_lower_bound_of_a_whole_answer_never_lowers_the_estimate(usage: Usage, estimate: int) -> None:
+    charge = settle(Outcome.COMPLETE, usage, 1, estimate)
+
+    for unit in UNITS:
+        booked = actual_of(demand("tpm", "sliding", unit, "org", "", 1 << 50, 60_000, estimate), charge)
+        assert usage.exact or booked >= estimate
 
 
 @given(st.sampled_from(Outcome), usages, counts, counts)
@@ -81,7 +100,7 @@ def test_only_a_final_count_is_called_exact(outcome: Outcome, usage: Usage | Non
     charge = settle(outcome, usage, price, estimate)
 
     if charge.basis == "exact" and not (outcome is Outcome.COMPLETE and usage is None and estimate == 0):
-        assert usage is not None and usage.exact and charge.tokens == usage.total_tokens
+        assert usage is not None and usage.exact and charge.usage == usage
 
 
 def test_a_flat_price_without_booked_tokens_needs_no_usage_to_be_exact() -> None:

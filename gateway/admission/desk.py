@@ -1,16 +1,18 @@
-"""Taking every demand and the credit hold in one trip, and renewing their leases while the request runs."""
+"""Taking every demand and the credit hold, all or nothing, and renewing their leases while the request runs."""
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from types import TracebackType
 
 import structlog
 
 from gateway import keys, limits
+from gateway.admission.denials import Denials
 from gateway.admission.hold import Hold, Rules, account_keys, counter_keys
 from gateway.admission.refusals import credit_refusal, limit_refusal
 from gateway.admission.settling import Settling
+from gateway.admission.states import session_known, states_of
 from gateway.errors import StoreUnavailable
 from gateway.stores import Redis, Script
 from gateway.types import Demand, Principal, Refusal
@@ -45,6 +47,7 @@ class Admission:
         self._recheck = recheck
         self._admit = Script("admit", limits.script_text("admit"))
         self._renew = Script("renew", limits.script_text("renew"))
+        self._denials = Denials(rules.deny_cache_ms, rules.deny_cache_entries_max)
         self._open: dict[str, Hold] = {}
         self._active_marks: dict[str, float] = {}
 
@@ -53,21 +56,70 @@ class Admission:
         """Requests of this process that hold something now."""
         return len(self._open)
 
-    @asynccontextmanager
-    async def hold(
-        self, hold_id: str, principal: Principal, demands: tuple[Demand, ...], price_ucredits: int
-    ) -> AsyncIterator[Hold | Refusal]:
-        """Inside the block everything in `demands` (policy order) and `price_ucredits` is held; a Refusal instead
-        means that nothing was taken. Leaving the block settles `Hold.charge`, shielded from cancellation.
+    @property
+    def denials_count(self) -> int:
+        """Denials that this process remembers."""
+        return len(self._denials)
+
+    def hold(self, hold_id: str, principal: Principal, demands: tuple[Demand, ...], price_ucredits: int) -> "Holding":
+        """Inside the block everything in `demands` and `price_ucredits` is held; a Refusal instead means that nothing
+        was taken. Leaving the block settles `Hold.charge`, shielded from cancellation.
 
         Raises StoreUnavailable within the stores' deadlines. Shape after Envoy's DoLimit: a list in, all or nothing.
         """
-        hold = Hold(hold_id, principal, demands, price_ucredits)
-        if not demands and price_ucredits == 0:
-            yield hold  # nothing to take, so nothing to ask and nothing to give back
+        if any(demand.limit.shared for demand in demands):
+            own = tuple(demand for demand in demands if not demand.limit.shared)
+            hold = Hold(hold_id, principal, own, price_ucredits)
+            shared = tuple(demand for demand in demands if demand.limit.shared)
+            hold.shared = Hold(hold_id, principal, shared, 0, owner=keys.SHARED)
+        else:
+            hold = Hold(hold_id, principal, demands, price_ucredits)
+        return Holding(self, hold)
+
+    async def take(self, hold: Hold) -> Refusal | None:
+        """Everything is taken, or nothing is and the answer says why. What no org owns is asked first, by a script of
+        its own: it lives in another place of a cluster."""
+        parts = [part for part in (hold.shared, hold) if part is not None and (part.demands or part.ucredits)]
+        for part in parts:
+            part.keys, part.counters = account_keys(part), counter_keys(part.owner, part.demands)
+            if (known := self._denials.find(part)) is not None:
+                return known
+        taken: list[Hold] = []
+        for part in parts:
+            try:
+                refusal = await self._take(part)
+            except BaseException:
+                if taken:
+                    await self._end(*taken)
+                raise
+            if refusal is not None:
+                if taken:
+                    await self._end(*taken)
+                return refusal
+            taken.append(part)
+        self._open[hold.hold_id] = hold
+        return None
+
+    async def give_back(self, hold: Hold) -> None:
+        """What `take` took has ended as `hold.charge` says."""
+        del self._open[hold.hold_id]
+        if (shared := hold.shared) is None:
+            await self._end(hold)
             return
+        shared.charge = hold.charge
+        await self._end(shared, *([hold] if hold.keys else []))
+
+    async def _end(self, *holds: Hold) -> None:
         try:
-            refusal = await self._take(hold)
+            await self.settling.end(*holds)
+        finally:
+            # Not before: denials that the server judged before it have been noted by now.
+            for hold in holds:
+                self._denials.drop(hold, released=hold.charge is None or not hold.charge.keep_requests)
+
+    async def _take(self, hold: Hold) -> Refusal | None:
+        try:
+            return await self._judge(hold)
         except StoreUnavailable as exc:
             if exc.ambiguous:
                 self.settling.keep(hold)
@@ -76,44 +128,39 @@ class Admission:
             # No reply: the server may have admitted, or may still. A release makes a late admission impossible.
             self.settling.keep(hold)
             raise
-        if refusal is not None:
-            yield refusal
-            return
-        self._open[hold_id] = hold
-        try:
-            yield hold
-        finally:
-            del self._open[hold_id]
-            await self.settling.end(hold)
 
-    async def _take(self, hold: Hold) -> Refusal | None:
-        hold.keys, hold.counters = account_keys(hold), counter_keys(hold)
+    async def _judge(self, hold: Hold) -> Refusal | None:
+        asked_at_s = time.monotonic()
         reply = await self._ask(hold)
         if reply[0] == b"MISS":
             await self._load_balance(hold.principal.org_id, hold.principal.plan)
             reply = await self._ask(hold)
         status = reply[0].decode()
-        numbers = [int(value) for value in reply[1:]]
-        hold.used = tuple(numbers[2::2])
-        if status in ("OK", "DUP"):
-            hold.taken_at_ms = numbers[0]
+        hold.judged_at_us = int(reply[1])
+        admitted = status in ("OK", "DUP")
+        numbers = [int(value) for value in reply[3:]]
+        hold.states, hold.session_known = states_of(hold, numbers, admitted), session_known(hold, numbers)
+        if admitted:
             if hold.ucredits:
-                hold.available_ucredits = numbers[1] - hold.ucredits
+                hold.available_ucredits = int(reply[2]) - hold.ucredits
             return None
         if status == "DENY":
-            return limit_refusal(hold.demands, hold.used, tuple(numbers[3::2]))
+            self._denials.note(hold, asked_at_s)
+            return limit_refusal(hold.states)
         if status in ("NOCREDIT", "INFLIGHT"):
             if status == "NOCREDIT":
                 self._recheck(hold.principal.org_id)
-            return credit_refusal(status, hold.ucredits, numbers[1])
+            return credit_refusal(status, hold.ucredits, int(reply[2]))
         raise StoreUnavailable(detail=f"admission of {hold.hold_id}: {status}")
 
     async def _ask(self, hold: Hold) -> list[bytes]:
-        org_id, rules = hold.principal.org_id, self._rules
-        self._mark_active(org_id)
-        args: list[str | int | bytes] = [hold.hold_id, hold.ucredits, rules.lease_ms, rules.outbox_entries_max]
+        rules = self._rules
+        if hold.owner is not keys.SHARED:
+            self._mark_active(hold.owner)
+        args: limits.Row = [hold.hold_id, hold.ucredits, rules.lease_ms, rules.outbox_entries_max, hold.enforced]
+        now_ms = _wall_ms()
         for demand in hold.demands:
-            args += (limits.algorithm(demand), demand.limit, demand.window_ms, demand.cost)
+            args += limits.row(demand, now_ms)
         reply: list[bytes] = await self._redis.run(self._admit, [*hold.keys, *hold.counters], args)
         return reply
 
@@ -136,18 +183,19 @@ class Admission:
     async def _keep_renewing(self) -> None:
         while True:
             await asyncio.sleep(self._rules.heartbeat_ms / 1000)
-            holds = list(self._open.values())
+            holds = [part for hold in self._open.values() for part in (hold, hold.shared) if part and part.keys]
             for at in range(0, len(holds), TOGETHER):
                 await asyncio.gather(*(self._heartbeat(hold) for hold in holds[at : at + TOGETHER]))
 
     async def _heartbeat(self, hold: Hold) -> None:
-        org_id = hold.principal.org_id
-        self._mark_active(org_id)
-        args: list[str | int | bytes] = [hold.hold_id, self._rules.lease_ms, hold.ucredits]
+        if hold.owner is not keys.SHARED:
+            self._mark_active(hold.owner)
+        args: limits.Row = [hold.hold_id, self._rules.lease_ms, hold.ucredits]
+        now_ms = _wall_ms()
         for demand in hold.demands:
-            args += (limits.algorithm(demand), demand.limit, demand.window_ms)
+            args += limits.row(demand, now_ms)
         try:
-            await self._redis.run(self._renew, [*hold.keys[:3], *hold.counters], args)
+            await self._redis.run(self._renew, [*hold.keys[:3], hold.keys[4], *hold.counters], args)
         except StoreUnavailable as exc:
             log.debug("lease not renewed", hold=hold.hold_id, error=str(exc))
 
@@ -159,3 +207,35 @@ class Admission:
             await self.settling.work_off()
             await asyncio.sleep(DRAIN_POLL_S)
         await self.settling.post_backlog()
+
+
+class Holding:
+    """The block around an admitted request. A class, since a generator costs several microseconds more per request."""
+
+    __slots__ = ("_admission", "_taken", "hold")
+
+    def __init__(self, admission: Admission, hold: Hold) -> None:
+        self._admission = admission
+        self._taken = False
+        #: What is asked for; while it is refused, what the refusal found.
+        self.hold = hold
+
+    async def __aenter__(self) -> Hold | Refusal:
+        hold = self.hold
+        if not hold.demands and hold.shared is None and hold.ucredits == 0:
+            return hold  # nothing to take, so nothing to ask and nothing to give back
+        refusal = await self._admission.take(hold)
+        if refusal is not None:
+            return refusal
+        self._taken = True
+        return hold
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._taken:
+            await self._admission.give_back(self.hold)
+
+
+def _wall_ms() -> int:
+    return time.time_ns() // 1_000_000

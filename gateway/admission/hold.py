@@ -1,88 +1,128 @@
 """What one admitted request has taken, and how it is booked when it ends."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from gateway import keys, limits
-from gateway.types import Charge, Demand, Entry, Principal
+from gateway.types import Charge, Demand, Entry, LimitState, Principal
+
+_TOKEN_UNITS = ("tokens", "input_tokens", "output_tokens")
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """How long things are held. All from `credits:` in gateway.yaml."""
+    """How long things are held. All from `credits:` and `limits:` in gateway.yaml."""
 
     lease_ms: int
     heartbeat_ms: int
     settle_timeout_ms: int
     outbox_entries_max: int
     mirror_ttl_s: int
+    #: How long a denial is remembered in this process, and how many are; 0: none.
+    deny_cache_ms: int = 0
+    deny_cache_entries_max: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Hold:
     """What one admitted request has taken. The walk sets `charge` and `meta`; leaving the block settles them."""
 
     hold_id: str
     principal: Principal
+    #: Those that may refuse, then the shadows.
     demands: tuple[Demand, ...]
     ucredits: int
-    #: Redis time of admission in ms; 0 while it is unknown whether the server admitted.
-    taken_at_ms: int = 0
-    #: Used of each demand's limit before this request, in order of `demands`.
-    used: tuple[int, ...] = ()
+    #: Whose keys it stands in: the org's, or keys.SHARED.
+    owner: str = ""
+    #: Redis time of admission or refusal and of the settlement, in us; 0 while unknown.
+    judged_at_us: int = 0
+    settled_at_us: int = 0
+    #: Each of `demands` as it was judged.
+    states: tuple[LimitState, ...] = ()
+    #: Where `states` are remembered: when the server had judged each, by its clock.
+    denied_at_us: tuple[int, ...] = ()
+    #: The server had a record of the request's session; None where no limit counts sessions.
+    session_known: bool | None = None
     #: What the org can still spend beside this hold; None for a request that costs nothing.
     available_ucredits: int | None = None
     #: What leaving the block books. None: the upstream never saw the request, everything is given back.
     charge: Charge | None = None
     #: Goes into the ledger entry beside the amount.
     meta: Mapping[str, Any] = field(default_factory=dict)
+    #: What it takes of limits that no org owns.
+    shared: "Hold | None" = None
     #: The Redis keys that every script takes, made when the hold is taken: account, holds, deadlines, outbox,
-    #: tombstone; and one counter per demand.
+    #: tombstone; and those of the demands' counters.
     keys: list[str] = field(default_factory=list)
     counters: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.owner = self.owner or self.principal.org_id
+        if any(demand.limit.shadow for demand in self.demands):
+            self.demands = tuple(sorted(self.demands, key=lambda demand: demand.limit.shadow))
+
+    @property
+    def enforced(self) -> int:
+        """How many of `demands` may refuse."""
+        return sum(not demand.limit.shadow for demand in self.demands)
+
     @property
     def token_estimate(self) -> int:
-        return max((demand.cost for demand in self.demands if demand.unit == "tokens"), default=0)
+        """The tokens reserved; 0 when no limit counts them."""
+        return max((demand.cost for demand in self.demands if demand.limit.unit in _TOKEN_UNITS), default=0)
 
 
 def account_keys(hold: Hold) -> list[str]:
     """What every script that ends or begins a hold works on, in the order it takes them."""
-    org_id = hold.principal.org_id
+    owner = hold.owner
     return [
-        keys.account(org_id),
-        keys.holds(org_id),
-        keys.deadlines(org_id),
-        keys.outbox(org_id),
-        keys.tombstone(org_id, hold.hold_id),
+        keys.account(owner),
+        keys.holds(owner),
+        keys.deadlines(owner),
+        keys.outbox(owner),
+        keys.tombstone(owner, hold.hold_id),
     ]
 
 
-def counter_keys(hold: Hold) -> list[str]:
-    """One Redis key per demand. The algorithm and the window are part of it, so a changed policy starts afresh."""
-    return [
-        keys.limit(
-            hold.principal.org_id,
-            f"{demand.name}:{limits.algorithm(demand)}:{demand.window_ms}",
-            demand.scope,
-            demand.subject,
-        )
-        for demand in hold.demands
-    ]
+def counter_keys(owner: str, demands: Sequence[Demand]) -> list[str]:
+    """The Redis keys of all demands, as the scripts take them: a counter each, and for one that counts sessions the
+    record that tells whether the session is an old one."""
+    names = []
+    for demand in demands:
+        names.append(keys.counter(owner, limits.counter_name(demand)))
+        if demand.member:
+            names.append(keys.session_record(owner, demand.member))
+    return names
+
+
+def counters_by_demand(hold: Hold) -> Iterator[tuple[Demand, str]]:
+    """Each demand with the key of its counter."""
+    position = 0
+    for demand in hold.demands:
+        yield demand, hold.counters[position]
+        position += 2 if demand.member else 1
 
 
 def entry_of(hold: Hold) -> Entry:
     """The ledger's line for the hold as it ended."""
     charge = hold.charge
+    amount_ucredits = charge.ucredits if charge and hold.ucredits else 0
     meta = {**hold.meta, "basis": charge.basis} if charge else {}
-    return Entry(hold.principal.org_id, hold.hold_id, "settle", -charge.ucredits if charge else 0, meta)
+    return Entry(hold.owner, hold.hold_id, "settle", -amount_ucredits, meta)
 
 
 def actual_of(demand: Demand, charge: Charge | None) -> int:
     """What the request really used of one demand (outcome table, DESIGN.md §6)."""
     if charge is None:
         return 0
-    if demand.unit == "tokens":
-        return demand.cost if charge.tokens is None else charge.tokens
-    return demand.cost if charge.keep_requests else 0
+    match demand.limit.unit:
+        case "ucredits":
+            return charge.ucredits
+        case "tokens" | "input_tokens" | "output_tokens" as unit:
+            if charge.usage is None:
+                return demand.cost
+            used = charge.usage.total_tokens if unit == "tokens" else getattr(charge.usage, unit)
+            return max(used, demand.cost) if charge.at_least else used
+        case _:
+            return demand.cost if charge.keep_requests else 0

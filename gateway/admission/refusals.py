@@ -2,29 +2,34 @@
 
 from collections.abc import Sequence
 
-from gateway.types import UCREDITS_PER_CREDIT, Demand, Refusal
+from gateway.types import UCREDITS_PER_CREDIT, Limit, LimitState, Refusal
 
 
-def limit_refusal(demands: Sequence[Demand], used: Sequence[int], retry_ms: Sequence[int]) -> Refusal:
-    """The 429 for demands that did not fit, named after the one that takes longest to fit."""
-    longest = max(range(len(demands)), key=lambda index: retry_ms[index])
-    demand = demands[longest]
-    unit = "requests in flight" if demand.unit == "concurrent" else f"{demand.unit} per {demand.window_ms / 1000:g} s"
+def limit_refusal(states: Sequence[LimitState]) -> Refusal:
+    """The 429 for limits of which some did not fit, named after the one that takes longest to fit."""
+    denied = sorted(
+        (state for state in states if state.retry_ms and not state.limit.shadow), key=lambda state: -state.retry_ms
+    )
+    longest = denied[0]
+    limit = longest.limit
     return Refusal(
         status=429,
         code="rate_limit_exceeded",
-        message=f"Limit '{demand.name}' of this {demand.scope} is reached: "
-        f"{used[longest]} of {demand.limit} {unit} are used and this request needs {demand.cost}.",
-        retry_after_ms=retry_ms[longest],
+        message=f"Limit '{limit.name}' of this {limit.scope} is reached: {_amount(limit, longest.used)} of "
+        f"{_amount(limit, limit.capacity)} {_in_words(limit)} are used and this request needs "
+        f"{_amount(limit, longest.cost)}.",
+        retry_after_ms=longest.retry_ms,
         details={
-            "limit": demand.name,
-            "scope": demand.scope,
-            "unit": demand.unit,
-            "used": used[longest],
-            "max": demand.limit,
-            "requested": demand.cost,
-            "violated_policies": [d.name for d, wait in zip(demands, retry_ms, strict=True) if wait > 0],
+            "limit": limit.name,
+            "scope": limit.scope,
+            "unit": "credits" if limit.unit == "ucredits" else limit.unit,
+            "used": _number(limit, longest.used),
+            "max": _number(limit, limit.capacity),
+            "requested": _number(limit, longest.cost),
+            "retry_after_ms": longest.retry_ms,
+            "violated_policies": [state.limit.name for state in denied],
         },
+        limits=tuple(states),
     )
 
 
@@ -39,3 +44,30 @@ def credit_refusal(status: str, price_ucredits: int, available_ucredits: int) ->
         return Refusal(429, "credits_in_flight", message, retry_after_ms=1000, details=details)
     message = "This organization has no credits left for this request."
     return Refusal(402, "insufficient_credits", message, should_retry=False, details=details)
+
+
+def _in_words(limit: Limit) -> str:
+    """`requests per 60 s`"""
+    noun = {"concurrent": "requests in flight", "ucredits": "credits", "sessions": "new sessions"}.get(
+        limit.unit, limit.unit.replace("_", " ")
+    )
+    match limit.kind:
+        case "concurrent":
+            return noun
+        case "calendar" if limit.calendar is not None:
+            return f"{noun} per {limit.calendar.period}"
+        case "gcra":
+            return f"{noun} at once"
+        case _:
+            return f"{noun} per {limit.window_ms / 1000:g} s"
+
+
+def _number(limit: Limit, amount: int) -> int | float:
+    if limit.unit != "ucredits":
+        return amount
+    credits, fraction = divmod(amount, UCREDITS_PER_CREDIT)
+    return amount / UCREDITS_PER_CREDIT if fraction else credits
+
+
+def _amount(limit: Limit, amount: int) -> str:
+    return str(_number(limit, amount))

@@ -6,18 +6,20 @@ first, bounded. A hold is in exactly one of the two until it has ended.
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 import structlog
 
 from gateway import keys, limits
-from gateway.admission.hold import Hold, Rules, actual_of, entry_of
+from gateway.admission.hold import Hold, Rules, actual_of, counter_keys, entry_of
 from gateway.errors import StoreUnavailable
 from gateway.shield import shielded
 from gateway.stores import Redis, Script
-from gateway.types import Entry
+from gateway.types import Demand, Entry
 
 BACKLOG_MAX = 100_000
 BACKLOG_RETRY_S = 0.2
@@ -46,7 +48,7 @@ class Settling:
         self._mark_dirty = mark_dirty
         self._script = Script("settle", limits.script_text("settle"))
         self._ending = 0
-        self._backlog: dict[str, Hold] = {}
+        self._backlog: dict[tuple[str, str], Hold] = {}
         self._working_off = asyncio.Lock()
 
     @property
@@ -59,11 +61,12 @@ class Settling:
         """Every hold that was to end has ended."""
         return not self._ending and not self._backlog
 
-    async def end(self, hold: Hold) -> None:
-        """The hold has ended or is kept to be ended later, whatever happens to the caller meanwhile."""
+    async def end(self, *holds: Hold) -> None:
+        """The holds have ended or are kept to be ended later, whatever happens to the caller meanwhile."""
+        work = self._end(holds[0]) if len(holds) == 1 else _all(self._end(hold) for hold in holds)
         # What fails is in the backlog by now, also when a cancellation hides the failure from us.
         with contextlib.suppress(StoreUnavailable, TimeoutError):
-            await shielded(self._end(hold), self._rules.settle_timeout_ms / 1000)
+            await shielded(work, self._rules.settle_timeout_ms / 1000)
 
     async def _end(self, hold: Hold) -> None:
         """The hold has ended, or is kept to be ended later; nothing that happens here makes it neither."""
@@ -79,36 +82,43 @@ class Settling:
 
     async def give_back(self, hold: Hold) -> None:
         """The hold has ended, in Redis or, when Redis lost the account, in PostgreSQL. Any number of times."""
-        org_id, entry = hold.principal.org_id, entry_of(hold)
+        entry = entry_of(hold)
         verdict = await self._tell(hold, entry)
         if verdict == b"MISS":
             await self._post([entry])
             # Nothing is due in Redis any more, but its leases and counters may have outlived the account.
             await self._tell(hold, replace(entry, amount_ucredits=0))
         elif entry.amount_ucredits:
-            self._mark_dirty(org_id)
+            self._mark_dirty(hold.owner)
 
     async def _tell(self, hold: Hold, entry: Entry) -> bytes:
-        args: list[str | int | bytes] = [
+        args: limits.Row = [
             hold.hold_id,
             -entry.amount_ucredits,
             msgspec.json.encode(entry.meta),
             self._rules.mirror_ttl_s,
-            hold.taken_at_ms,
         ]
-        for demand in hold.demands:
-            actual = actual_of(demand, hold.charge)
-            args += (limits.algorithm(demand), demand.limit, demand.window_ms, demand.cost, actual)
-        mirror = keys.mirror(hold.principal.org_id)
-        verdict: bytes = await self._redis.run(self._script, [*hold.keys, mirror, *hold.counters], args)
-        return verdict
+        now_ms = time.time_ns() // 1_000_000
+        # Without an answer to the admission nobody here knows which shadows it took: they are left to their windows.
+        demands = hold.demands if hold.states else hold.demands[: hold.enforced]
+        counters = hold.counters
+        if len(demands) < len(hold.demands) or any(state.retry_ms for state in hold.states):
+            demands = tuple(_taken(demands, hold))
+            counters = counter_keys(hold.owner, demands)
+        for demand in demands:
+            args += limits.row(demand, now_ms)
+            args.append(actual_of(demand, hold.charge))
+        mirror = keys.mirror(hold.owner)
+        verdict, settled_at_us = await self._redis.run(self._script, [*hold.keys, mirror, *counters], args)
+        hold.settled_at_us = int(settled_at_us)
+        return bytes(verdict)
 
     def keep(self, hold: Hold) -> None:
         """The hold will be ended as soon as a store can take it; also when nobody knows whether it was admitted."""
         if len(self._backlog) >= BACKLOG_MAX:
             log.error("settle backlog is full, a hold is left to its lease", hold=hold.hold_id)
             return
-        self._backlog[hold.hold_id] = hold
+        self._backlog[hold.owner, hold.hold_id] = hold
 
     async def run(self) -> None:
         """What was kept is tried again, for ever."""
@@ -125,10 +135,12 @@ class Settling:
                 done = await asyncio.gather(*(self.give_back(hold) for hold in batch), return_exceptions=True)
                 failed = 0
                 for hold, result in zip(batch, done, strict=True):
-                    del self._backlog[hold.hold_id]
+                    del self._backlog[hold.owner, hold.hold_id]
                     if isinstance(result, StoreUnavailable):
                         failed += 1
-                        self._backlog[hold.hold_id] = hold  # behind the others: it may be the only one that fails
+                        self._backlog[hold.owner, hold.hold_id] = (
+                            hold  # behind the others: it may be the only one that fails
+                        )
                     elif result is not None:
                         log.error("settle given up, left to its lease", hold=hold.hold_id, exc_info=result)
                 if failed == len(batch):
@@ -144,6 +156,20 @@ class Settling:
                     batch = holds[at : at + POST_TOGETHER]
                     await self._post([entry_of(hold) for hold in batch])
                     for hold in batch:
-                        del self._backlog[hold.hold_id]
+                        del self._backlog[hold.owner, hold.hold_id]
             except StoreUnavailable as exc:
                 log.error("settles left to their leases", count=len(self._backlog), error=str(exc))
+
+
+def _taken(demands: Sequence[Demand], hold: Hold) -> Iterator[Demand]:
+    """Those that the admission took: all but the shadows that did not fit."""
+    for number, demand in enumerate(demands):
+        if not demand.limit.shadow or not hold.states[number].retry_ms:
+            yield demand
+
+
+async def _all(works: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """All of them have ended; then the first failure is raised."""
+    for result in await asyncio.gather(*works, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result

@@ -16,13 +16,16 @@ for i = 4, #ARGV do
     redis.call('XDEL', outbox, ARGV[i])
   end
 end
-if redis.call('HEXISTS', account, 'p') == 1 then
-  redis.call('HINCRBY', account, 'u', int(-posted))
-  if tonumber(ARGV[2]) > tonumber(redis.call('HGET', account, 'v') or '-1') then
-    redis.call('HSET', account, 'p', ARGV[1], 'v', ARGV[2])
+local sums = redis.call('HMGET', account, 'p', 'u', 'h', 'v')
+if sums[1] then
+  local balance, unposted = sums[1], tonumber(sums[2] or '0') - posted
+  if tonumber(ARGV[2]) > tonumber(sums[4] or '-1') then
+    balance = ARGV[1]
+    redis.call('HSET', account, 'p', balance, 'v', ARGV[2])
   end
-  refresh_ttl(account)
-  write_mirror(account, mirror, ARGV[3])
+  redis.call('HSET', account, 'u', int(unposted))
+  refresh_ttl(account, unposted, tonumber(sums[3] or '0'))
+  write_mirror(mirror, tonumber(balance), unposted, ARGV[3])
 end
 if redis.call('XLEN', outbox) == 0 then
   redis.call('DEL', outbox)

@@ -6,13 +6,16 @@
 local account, holds, deadlines, outbox, tombstone, mirror = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local rid = ARGV[1]
 local deadline = redis.call('ZSCORE', deadlines, rid)
-if not deadline or redis.call('EXISTS', tombstone) == 1 then
+local verdict = redis.call('GET', tombstone)
+local taken_at = string.match(verdict or 'admitted:0', '^admitted:(%d+)$')
+if not deadline or not taken_at then
   return 'DUP'
 end
-if tonumber(deadline) > clock(account) then
+local sums = redis.call('HMGET', account, 'p', 'u', 'h', 'l')
+if tonumber(deadline) > clock(sums[4]) then
   return 'ALIVE'
 end
-local amount, used = drop_hold(account, holds, deadlines, rid)
+local amount, used, held = drop_hold(account, holds, deadlines, rid, sums[3])
 redis.call('ZREM', deadlines, rid)
 local charge = used or 0
 if ARGV[2] == 'hold' then
@@ -20,14 +23,19 @@ if ARGV[2] == 'hold' then
 elseif ARGV[2] == 'release' then
   charge = 0
 end
-redis.call('SET', tombstone, 'orphaned:' .. int(charge), 'EX', ORPHAN_TOMBSTONE_TTL_S)
+redis.call('SET', tombstone, 'orphaned:' .. int(charge) .. ':' .. taken_at, 'EX', ORPHAN_TOMBSTONE_TTL_S)
 if charge > 0 then
   redis.call('XADD', outbox, '*', 'r', rid, 'k', 'orphan', 'a', int(charge), 'd', int(charge), 'm',
     '{"basis":"' .. ARGV[2] .. '"}')
-  if redis.call('HEXISTS', account, 'p') == 1 then
-    redis.call('HINCRBY', account, 'u', int(charge))
-    write_mirror(account, mirror, ARGV[3])
-  end
 end
-refresh_ttl(account)
+if sums[1] then
+  local unposted = tonumber(sums[2] or '0') + charge
+  redis.call('HSET', account, 'u', int(unposted), 'h', int(held))
+  refresh_ttl(account, unposted, held)
+  if charge > 0 then
+    write_mirror(mirror, tonumber(sums[1]), unposted, ARGV[3])
+  end
+else
+  redis.call('HDEL', account, 'h')
+end
 return 'OK'

@@ -1,7 +1,7 @@
-"""Stores that fail where a test says, behind the interface of the real ones."""
+"""Stores that fail where a test says, behind the interface of the real ones; and cancellation at any wait."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -72,3 +72,61 @@ async def refusing_writes(redis: Redis) -> AsyncIterator[None]:
         yield
     finally:
         await redis.call("CONFIG", "SET", "min-replicas-to-write", "0")
+
+
+class Interrupted:
+    """Runs `work` in a task and cancels it in its k-th wait: at once, or `turns` of the loop into it, once or twice."""
+
+    def __init__(self, work: Coroutine[Any, Any, Any], at: int, turns: int = 0, times: int = 1) -> None:
+        self._work, self._at, self._turns, self._times = work, at, turns, times
+        self.waits = 0
+        self._cancels: list[asyncio.Task[None]] = []
+
+    async def run(self) -> bool:
+        """Whether there was a k-th wait. `work` and all that was started here has ended."""
+        task = asyncio.create_task(self._watched())
+        await asyncio.wait({task}, timeout=20)
+        assert task.done(), f"hangs after a cancellation in wait {self._at}"
+        for cancel in self._cancels:
+            await cancel
+        if not task.cancelled() and (error := task.exception()) is not None:
+            raise error
+        return self.waits >= self._at
+
+    async def _watched(self) -> None:
+        await Steps(self._work, self._waiting)
+
+    def _waiting(self) -> None:
+        self.waits += 1
+        if self.waits == self._at:
+            task = asyncio.current_task()
+            assert task is not None
+            self._cancels.append(asyncio.create_task(self._cancel(task)))
+
+    async def _cancel(self, task: asyncio.Task[Any]) -> None:
+        for _ in range(self._times):
+            for _ in range(self._turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.sleep(0)
+
+
+class Steps:
+    """Awaiting it runs `work`; `waiting` is told of everything that `work` waits for."""
+
+    def __init__(self, work: Coroutine[Any, Any, Any], waiting: Callable[[], None]) -> None:
+        self._work, self._waiting = work, waiting
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        thrown: BaseException | None = None
+        while True:
+            try:
+                waited_for = self._work.throw(thrown) if thrown is not None else self._work.send(None)
+            except StopIteration as done:
+                return done.value
+            self._waiting()
+            try:
+                yield waited_for
+                thrown = None
+            except BaseException as exc:
+                thrown = exc

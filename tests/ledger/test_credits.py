@@ -1,6 +1,8 @@
 """Credits: taken at admission, charged once, posted once."""
 
 import asyncio
+from dataclasses import replace
+from typing import cast
 
 import pytest
 
@@ -8,7 +10,7 @@ from gateway import keys
 from gateway.admission import Hold
 from gateway.errors import StoreUnavailable
 from gateway.ledger import post
-from gateway.stores import Postgres
+from gateway.stores import Postgres, Redis
 from gateway.types import Charge, Entry, Refusal
 from tests.ledger.conftest import ASKER, ORG, House, rules
 from tests.waiting import until
@@ -198,6 +200,46 @@ async def test_a_foreign_key_of_one_org_stops_neither_sweep_nor_posting_of_the_o
     await house.outbox.flush()
     assert (await house.ledger())[-1] == ("r1", "orphan", -CREDIT)
     await hold.__aexit__(None, None, None)
+
+
+class Parted:
+    """A cluster of which the part with these keys is away."""
+
+    def __init__(self, redis: Redis, away: str) -> None:
+        self._redis = redis
+        self._away = away
+
+    async def call(self, *command: str | int) -> object:
+        if self._away in str(command[1:]):
+            raise StoreUnavailable(detail="away")
+        return await self._redis.call(*command)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._redis, name)
+
+
+async def test_a_part_of_a_cluster_that_is_away_stops_neither_sweep_nor_posting_of_the_others(house: House) -> None:
+    await house.credits(5)
+    await house.credits(5, "aaa-away")
+    house.admission._rules = rules(lease_ms=1)
+    gone = replace(ASKER, org_id="aaa-away")
+    holds = [house.admission.hold(f"r-{who.org_id}", who, (), CREDIT) for who in (gone, ASKER)]
+    for hold in holds:
+        await hold.__aenter__()
+    house.outbox.mark("aaa-away")
+    house.sweeper._redis = house.outbox._redis = cast(Redis, Parted(house.redis, "aaa-away"))
+    await until(house.sweeper.sweep)
+    await house.outbox.flush()
+    assert (await house.ledger())[-1] == ("r-acme", "orphan", -CREDIT)
+    # With nobody else to post for, it is told that there is nobody to ask; and it is not forgotten.
+    with pytest.raises(StoreUnavailable):
+        await house.outbox.flush()
+    house.sweeper._redis = house.outbox._redis = house.redis
+    await until(house.sweeper.sweep)
+    await house.outbox.flush()
+    assert (await house.ledger("aaa-away"))[-1] == ("r-aaa-away", "orphan", -CREDIT)
+    for hold in holds:
+        await hold.__aexit__(None, None, None)
 
 
 async def test_what_postgres_did_not_take_is_posted_by_the_next_flush(house: House) -> None:

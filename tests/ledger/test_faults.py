@@ -6,7 +6,7 @@ ledger of one mind, at most one charge, and that the one which the outcome table
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 import redis.asyncio as redis_client
 
-from gateway import keys
+from gateway import keys, limits
 from gateway.admission import Hold, account_keys
 from gateway.errors import StoreUnavailable
 from gateway.ledger import migrate
 from gateway.shield import shielded
 from gateway.stores import Postgres, Reply
-from gateway.types import Charge, Demand
+from gateway.types import Charge, Usage
 from tests.ledger.conftest import ASKER, ORG, House, every_script, furnished
-from tests.ledger.faulty import FaultyPostgres, FaultyRedis, refusing_writes
+from tests.ledger.faulty import FaultyPostgres, FaultyRedis, Interrupted, Steps, refusing_writes
+from tests.limits.given import demand
 from tests.waiting import until
 from tests.walk import raw
 from tests.walk.house import House as WholeHouse
@@ -31,13 +32,13 @@ from tests.walk.house import in_process
 from tests.walk.raw import Visit
 
 CREDIT = 1_000_000
-PAID = Charge(CREDIT, 7, keep_requests=True, basis="exact")
+PAID = Charge(CREDIT, Usage(5, 2), keep_requests=True, basis="exact")
 DEMANDS = (
-    Demand("rph", "sliding", "requests", "org", ORG, 100, 3_600_000, 1),
-    Demand("tph", "sliding", "tokens", "org", ORG, 100_000, 3_600_000, 50),
-    Demand("parallel", "concurrent", "concurrent", "org", ORG, 3, 30_000, 1),
+    demand("rph", "sliding", "requests", "org", ORG, 100, 3_600_000, 1),
+    demand("tph", "sliding", "tokens", "org", ORG, 100_000, 3_600_000, 50),
+    demand("parallel", "concurrent", "concurrent", "org", ORG, 3, 30_000, 1),
 )
-SLOTS = f"{keys.tag(ORG)}:l:parallel:concurrent:30000"
+SLOTS = keys.counter(ORG, limits.counter_name(DEMANDS[2]))
 
 
 @dataclass
@@ -97,64 +98,6 @@ async def faulty(redis_url: str, database_url: str) -> AsyncIterator[FaultyHouse
     async with furnished(redis, postgres) as house:
         await house.credits(1000)
         yield FaultyHouse(house, redis, postgres)
-
-
-class Interrupted:
-    """Runs `work` in a task and cancels it in its k-th wait: at once, or `turns` of the loop into it, once or twice."""
-
-    def __init__(self, work: Coroutine[Any, Any, Any], at: int, turns: int = 0, times: int = 1) -> None:
-        self._work, self._at, self._turns, self._times = work, at, turns, times
-        self.waits = 0
-        self._cancels: list[asyncio.Task[None]] = []
-
-    async def run(self) -> bool:
-        """Whether there was a k-th wait. `work` and all that was started here has ended."""
-        task = asyncio.create_task(self._watched())
-        await asyncio.wait({task}, timeout=20)
-        assert task.done(), f"hangs after a cancellation in wait {self._at}"
-        for cancel in self._cancels:
-            await cancel
-        if not task.cancelled() and (error := task.exception()) is not None:
-            raise error
-        return self.waits >= self._at
-
-    async def _watched(self) -> None:
-        await _Steps(self._work, self._waiting)
-
-    def _waiting(self) -> None:
-        self.waits += 1
-        if self.waits == self._at:
-            task = asyncio.current_task()
-            assert task is not None
-            self._cancels.append(asyncio.create_task(self._cancel(task)))
-
-    async def _cancel(self, task: asyncio.Task[Any]) -> None:
-        for _ in range(self._times):
-            for _ in range(self._turns):
-                await asyncio.sleep(0)
-            task.cancel()
-            await asyncio.sleep(0)
-
-
-class _Steps:
-    """Awaiting it runs `work`; `waiting` is told of everything that `work` waits for."""
-
-    def __init__(self, work: Coroutine[Any, Any, Any], waiting: Callable[[], None]) -> None:
-        self._work, self._waiting = work, waiting
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        thrown: BaseException | None = None
-        while True:
-            try:
-                waited_for = self._work.throw(thrown) if thrown is not None else self._work.send(None)
-            except StopIteration as done:
-                return done.value
-            self._waiting()
-            try:
-                yield waited_for
-                thrown = None
-            except BaseException as exc:
-                thrown = exc
 
 
 def other_tasks() -> set[asyncio.Task[Any]]:
@@ -278,7 +221,7 @@ async def test_the_retrying_task_and_the_drain_never_drop_each_others_settle(fau
     await faulty.request("warm")
     count = 40
     for number in range(count):
-        hold = Hold(f"r{number}", ASKER, (), CREDIT, taken_at_ms=1, charge=PAID)
+        hold = Hold(f"r{number}", ASKER, (), CREDIT, charge=PAID)
         hold.keys = account_keys(hold)
         faulty.house.admission.settling.keep(hold)
     admission = faulty.house.admission
@@ -471,7 +414,7 @@ async def leaving(walk: Coroutine[Any, Any, Any], visitor: Visitor, wait: int) -
             visitor.leaves.set()
 
     async def watched() -> None:
-        await _Steps(walk, waiting)
+        await Steps(walk, waiting)
 
     await asyncio.wait_for(asyncio.create_task(watched()), 20)
     return waits >= wait

@@ -1,0 +1,31 @@
+"""What the script's numbers say of each limit. Pure."""
+
+from collections.abc import Sequence
+
+from gateway import limits
+from gateway.admission.hold import Hold
+from gateway.types import LimitState
+
+#: What `sliding_sessions` says in place of the retry_ms.
+_HAS_RECORD = -2
+
+
+def states_of(hold: Hold, numbers: Sequence[int], admitted: bool) -> tuple[LimitState, ...]:
+    """Each of the hold's demands as it was judged. numbers: used and retry_ms of each, one after the other; a retry_ms
+    below 0 is of a demand that fits and costs nothing."""
+    now_ms = hold.judged_at_us // 1000
+    states = []
+    for number, demand in enumerate(hold.demands):
+        used, retry_ms = numbers[2 * number], numbers[2 * number + 1]
+        limit, cost = demand.limit, demand.cost if retry_ms >= 0 else 0
+        retry_ms = max(0, retry_ms)
+        after = used + cost if admitted and not retry_ms else used
+        remaining = max(0, limit.capacity - after)
+        states.append(LimitState(limit, cost, used, remaining, retry_ms, limits.reset_ms(limit, after, now_ms)))
+    return tuple(states)
+
+
+def session_known(hold: Hold, numbers: Sequence[int]) -> bool | None:
+    """Whether the server had a record of the session, of which a session limit takes nothing; None: nobody asked."""
+    found = [numbers[2 * at + 1] for at, demand in enumerate(hold.demands) if demand.member]
+    return _HAS_RECORD in found if found else None
