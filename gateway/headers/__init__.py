@@ -3,7 +3,7 @@
 from gateway.headers.crossing import Field, to_client, to_upstream, trailers
 from gateway.headers.forwarded import forwarded, via
 from gateway.headers.names import ATTACHED, END_TO_END, FORWARDED, HOP_BY_HOP, NOT_IN_TRAILERS
-from gateway.headers.networks import HOPS_MAX, Network, client_ip, is_trusted
+from gateway.headers.networks import HOPS_MAX, Network, client_ip, is_trusted, network_of
 
 __all__ = [
     "ATTACHED",
@@ -17,6 +17,7 @@ __all__ = [
     "client_ip",
     "forwarded",
     "is_trusted",
+    "network_of",
     "to_client",
     "to_upstream",
     "trailers",

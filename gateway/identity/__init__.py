@@ -34,6 +34,8 @@ class Powers:
     monotonic_ms: Clock
     #: Milliseconds since 1970.
     wall_ms: Clock
+    #: Names of the claims that some limit is per: `policy.claims_needed`.
+    claims: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ SOURCES: Mapping[type, Callable[[Any, Powers], Source]] = {
         own, powers.load_key, monotonic_ms=powers.monotonic_ms, wall_ms=powers.wall_ms
     ),
     JwtSection: lambda own, powers: JwtSource(
-        own, powers.fetch, monotonic_ms=powers.monotonic_ms, wall_ms=powers.wall_ms
+        own, powers.fetch, monotonic_ms=powers.monotonic_ms, wall_ms=powers.wall_ms, claims=powers.claims
     ),
     TrustedHeaderSection: lambda own, powers: TrustedHeaderSource(own),
 }
@@ -80,6 +82,17 @@ class Identity:
             if principal is not None:
                 return Identified(principal, self.credential_headers(facts))
         raise Unauthenticated
+
+    def remembers(self, facts: Facts) -> bool:
+        """Whether the credential that `identify` would judge is one that this process has seen to be good.
+
+        No proof: it may have been revoked since. It tells known clients from a crowd, at no cost to any store.
+        """
+        for source in self._sources:
+            remembered = source.remembers(facts)
+            if remembered is not None:
+                return remembered
+        return False
 
     def credential_headers(self, facts: Facts) -> frozenset[bytes]:
         """The request's fields whose value has the form of any configured source's credential."""

@@ -140,12 +140,24 @@ class ApiKeySource(Source):
         record = await self.cache.get(sha256(secret).digest())
         if record is None:
             raise Unauthenticated("The API key is unknown or was revoked.")
-        if record.expires_at_ms is not None and self._wall_ms() >= record.expires_at_ms:
+        if self._has_expired(record):
             raise Unauthenticated("The API key has expired.")
         return Principal(record.org_id, record.plan, record.user_id, record.key_id, "api_key")
 
+    def remembers(self, facts: Facts) -> bool | None:
+        secrets_found = {secret for _, secret in self._presented(facts)}
+        if len(secrets_found) != 1:
+            return False if secrets_found else None
+        # A stale record will do: it is looked up again, once for all who wait. Were it not enough, a flood would shut
+        # out each of its neighbours as soon as their key's time to live is over.
+        record = self.cache.recall(sha256(secrets_found.pop()).digest())
+        return record is not None and not self._has_expired(record)
+
     def credential_headers(self, facts: Facts) -> frozenset[bytes]:
         return frozenset([name for name, _ in self._presented(facts)])
+
+    def _has_expired(self, record: KeyRecord) -> bool:
+        return record.expires_at_ms is not None and self._wall_ms() >= record.expires_at_ms
 
     def _presented(self, facts: Facts) -> list[tuple[bytes, bytes]]:
         """Field name and value of everything that means to be a gateway key, well formed or not."""

@@ -4,7 +4,8 @@ Knows neither keys nor signatures: whoever calls this has checked them.
 """
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from gateway.errors import Unauthenticated
@@ -14,6 +15,9 @@ from gateway.types import Principal
 #: The end of the year 9999: a NumericDate beyond is a mistake (milliseconds, mostly), not a time.
 _SECONDS_MAX = 253_402_300_799
 _KEY_ID_CHARS_MAX = 128
+_KEPT = re.compile(r"[\x21-\x7e]{1,256}")
+#: Beyond, a number has more digits than `_KEPT` takes; and turning it into text costs the square of them.
+_KEPT_NUMBER_MAX = 10**255
 
 
 class ClaimNames(Protocol):
@@ -43,8 +47,11 @@ def valid_until_ms(claims: Mapping[str, object], now_ms: int, leeway_ms: int) ->
     return exp_ms + leeway_ms
 
 
-def principal(claims: Mapping[str, object], names: ClaimNames) -> Principal:
-    """Whom the claims name. Raises Unauthenticated, naming the claim that is missing or unusable."""
+def principal(claims: Mapping[str, object], names: ClaimNames, kept: Iterable[str] = ()) -> Principal:
+    """Whom the claims name. Raises Unauthenticated, naming the claim that is missing or unusable.
+
+    kept: names of claims that go along. One that is missing or unusable is left out: nobody is refused for it.
+    """
     org = _text(claims, names.org)
     if org is None:
         raise Unauthenticated(f"The token has no claim `{names.org}` for the organization.")
@@ -62,6 +69,7 @@ def principal(claims: Mapping[str, object], names: ClaimNames) -> Principal:
         user_id=None if user is None else checked_user(user, f"The claim `{names.user}`"),
         key_id=str(key_id) if usable else None,
         source="jwt",
+        claims={name: text for name in kept if (text := _kept(claims.get(name))) is not None},
     )
 
 
@@ -85,3 +93,17 @@ def _text(claims: Mapping[str, object], claim: str) -> str | None:
     if isinstance(found, int) and not isinstance(found, bool):
         return str(found)
     raise Unauthenticated(f"The token's claim `{claim}` is not text.")
+
+
+def _kept(value: object) -> str | None:
+    """A claim as text that requests can be told apart by: 1 to 256 visible ASCII characters; None for what is none.
+
+    `true` and `false` are written as JSON does, and a number without a fraction alike however it was written.
+    """
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and math.isfinite(value):
+        value = int(value) if value == int(value) else repr(value)
+    if isinstance(value, int):
+        return str(value) if abs(value) < _KEPT_NUMBER_MAX else None
+    return value if isinstance(value, str) and _KEPT.fullmatch(value) else None

@@ -85,9 +85,21 @@ class JwtSource(Source):
     A token with an audience is refused when none is configured: it was made for somebody, and not knowingly for us.
     """
 
-    def __init__(self, config: JwtConfig, fetch: Fetch, *, monotonic_ms: Clock, wall_ms: Clock) -> None:
-        """Reads PEM files. Raises ConfigError for a key that cannot be used."""
+    def __init__(
+        self,
+        config: JwtConfig,
+        fetch: Fetch,
+        *,
+        monotonic_ms: Clock,
+        wall_ms: Clock,
+        claims: frozenset[str] = frozenset(),
+    ) -> None:
+        """Reads PEM files. Raises ConfigError for a key that cannot be used.
+
+        claims: names of those that a principal carries on, for the limits that are per them.
+        """
         self._config = config
+        self._claims_kept = claims
         self._header = config.header.lower().encode()
         self._wall_ms = wall_ms
         self._jwt = jwt.PyJWT()
@@ -117,6 +129,14 @@ class JwtSource(Source):
             if len(self._verified) > VERIFIED_MAX:
                 self._verified.popitem(last=False)
         return verified.principal
+
+    def remembers(self, facts: Facts) -> bool | None:
+        tokens = set(self._tokens_in(facts))
+        if len(tokens) != 1:
+            return False if tokens else None
+        # Its keys may have changed: then its signature is checked again, which needs no more than that.
+        verified = self._verified.get(sha256(tokens.pop()).digest())
+        return verified is not None and self._wall_ms() < verified.until_ms
 
     def credential_headers(self, facts: Facts) -> frozenset[bytes]:
         return frozenset({self._header}) if self._tokens_in(facts) else frozenset()
@@ -221,7 +241,7 @@ class JwtSource(Source):
 
     def _accept(self, claims: Mapping[str, object], key_set: KeySet) -> _Verified:
         until_ms = valid_until_ms(claims, self._wall_ms(), self._config.leeway_ms)
-        return _Verified(principal(claims, self._config), until_ms, key_set, key_set.version)
+        return _Verified(principal(claims, self._config, self._claims_kept), until_ms, key_set, key_set.version)
 
 
 def _key_set(key: JwtKeyConfig, config: JwtConfig, fetch: Fetch, monotonic_ms: Clock) -> KeySet:

@@ -133,6 +133,11 @@ class KeyCache:
                 return record
         raise StoreUnavailable
 
+    def recall(self, sha256: bytes) -> KeyRecord | None:
+        """The key's record as it was last loaded, however long ago; None when it was not, or was dropped."""
+        entry = self._known.get(sha256)
+        return None if entry is None else entry.record
+
     def drop(self, sha256: bytes) -> None:
         """The key is forgotten, and no lookup that began before now is believed."""
         self._known.pop(sha256, None)

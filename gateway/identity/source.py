@@ -34,6 +34,13 @@ class Source(Protocol):
         """
         ...
 
+    def remembers(self, facts: Facts) -> bool | None:
+        """Whether this process has seen the request's credential to be good and has not learned of its end since.
+
+        None when the request carries no credential of this kind. Asks nobody, so `identify` may yet refuse it.
+        """
+        return None
+
     def credential_headers(self, facts: Facts) -> frozenset[bytes]:
         """Lower-case names of the fields of this request whose value has the form of this source's credential."""
         return frozenset()

@@ -61,6 +61,11 @@ class TrustedHeaderSource(Source):
             source="trusted_header",
         )
 
+    def remembers(self, facts: Facts) -> bool | None:
+        # There is nothing to remember: that the peer says it, once, is the whole proof.
+        said = values(facts, self._org.encode()) if is_trusted(facts.peer_ip, self._networks) else []
+        return len(said) == 1 if said else None
+
 
 def _only_value(facts: Facts, header: str) -> str | None:
     """The field's value. Twice the same field is refused: the proxy's copy cannot be told from the client's."""

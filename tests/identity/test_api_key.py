@@ -173,6 +173,61 @@ async def test_a_key_expires_at_its_moment_though_it_is_cached(source: ApiKeySou
     assert len(keys.asked) == 1
 
 
+async def test_a_key_that_was_found_is_remembered_without_asking_and_one_that_was_not_is_not(
+    source: ApiKeySource, keys: Keys
+) -> None:
+    good, other, bad = keys.add(), keys.add(), new_key()
+    assert source.remembers(facts(("x-api-key", good.secret))) is False
+    for key in (good, other):
+        await source.identify(facts(("x-api-key", key.secret)))
+    with pytest.raises(Unauthenticated):
+        await source.identify(facts(("x-api-key", bad.secret)))
+    asked = len(keys.asked)
+
+    assert source.remembers(facts(("x-api-key", good.secret))) is True
+    assert source.remembers(facts(("x-api-key", good.secret), ("authorization", f"Bearer {good.secret}"))) is True
+    for fields in (
+        [("x-api-key", bad.secret)],
+        [("x-api-key", new_key().secret)],
+        [("x-api-key", "gw_malformed")],
+        [("x-api-key", good.secret), ("authorization", f"Bearer {other.secret}")],
+    ):
+        assert source.remembers(facts(*fields)) is False
+    assert source.remembers(facts(("x-api-key", "sk-upstream"))) is None
+    assert source.remembers(facts()) is None
+    assert len(keys.asked) == asked
+
+
+async def test_a_key_is_remembered_however_old_it_is_until_it_expires_or_is_revoked(keys: Keys, wall: Time) -> None:
+    time = Time()
+    source = ApiKeySource(Config(), keys.load, monotonic_ms=time, wall_ms=wall)
+    lasting, ending = keys.add(org_id="globex"), keys.add(expires_at_ms=wall.now_ms + 1)
+    for key in (lasting, ending):
+        await source.identify(facts(("x-api-key", key.secret)))
+    time.pass_ms(3_600_000)
+    source.drop_all()
+    source.on_notification("org:globex")
+    assert source.remembers(facts(("x-api-key", lasting.secret))) is True
+    assert source.remembers(facts(("x-api-key", ending.secret))) is True
+    wall.pass_ms(1)
+    assert source.remembers(facts(("x-api-key", ending.secret))) is False
+    source.on_notification(lasting.sha256.hex())
+    assert source.remembers(facts(("x-api-key", lasting.secret))) is False
+    await source.close()
+
+
+async def test_a_key_revoked_without_a_word_is_remembered_until_it_is_asked_for(
+    keys: Keys, source: ApiKeySource
+) -> None:
+    key = keys.add()
+    await source.identify(facts(("x-api-key", key.secret)))
+    keys.rows.clear()
+    source.drop_all()
+    with pytest.raises(Unauthenticated):
+        await source.identify(facts(("x-api-key", key.secret)))
+    assert source.remembers(facts(("x-api-key", key.secret))) is False
+
+
 async def test_an_outage_is_no_refusal(source: ApiKeySource, keys: Keys) -> None:
     key = keys.add()
     keys.away = True

@@ -94,6 +94,36 @@ async def test_a_stated_identity_is_ignored_beside_a_verified_one(opened: Callab
     assert (await opened(TRUSTED, API_KEY).identify(request)).principal.org_id == "by-key"
 
 
+async def test_the_credential_that_would_decide_is_the_one_to_be_remembered(opened: Callable[..., Identity]) -> None:
+    identity = opened(API_KEY, JWT)
+    good = facts(("x-api-key", KEY.secret))
+    behind_a_bad_one = facts(("authorization", token()), ("x-api-key", REVOKED.secret))
+    assert not identity.remembers(good)
+    await identity.identify(good)
+    await identity.identify(facts(("authorization", token())))
+    assert identity.remembers(good)
+    assert identity.remembers(facts(("authorization", token())))
+    assert not identity.remembers(behind_a_bad_one)
+    assert opened(JWT, API_KEY).remembers(behind_a_bad_one) is False
+    assert not identity.remembers(facts())
+    assert opened(TRUSTED).remembers(facts(("x-org-id", "acme"), peer_ip="10.1.2.3"))
+
+
+async def test_the_claims_that_limits_are_per_come_from_tokens_alone() -> None:
+    powers = Powers(load, JwksServer().fetch, Time(), Time(NOW_S * 1000), claims=frozenset(("team", "x-team")))
+    identity = open_identity((API_KEY, JWT, TRUSTED), powers)
+    try:
+        signed = "Bearer " + sign(SECRET, {"org": "acme", "team": "blue", "exp": NOW_S + 60}, "HS256")
+        by_token = await identity.identify(facts(("authorization", signed)))
+        assert by_token.principal.claims == {"team": "blue"}
+        by_key = await identity.identify(facts(("x-api-key", KEY.secret), ("team", "blue"), ("x-team", "blue")))
+        assert by_key.principal.claims == {}
+        stated = facts(("x-org-id", "acme"), ("team", "blue"), ("x-team", "blue"), peer_ip="10.0.0.1")
+        assert (await identity.identify(stated)).principal.claims == {}
+    finally:
+        await identity.close()
+
+
 async def test_announcements_reach_every_source_that_remembers() -> None:
     heard: list[str] = []
 
@@ -128,5 +158,6 @@ async def test_a_source_needs_nothing_but_identify() -> None:
     identity.on_notification("x")
     identity.drop_all()
     identified = await identity.identify(facts(("authorization", "Bearer x")))
+    assert not identity.remembers(facts(("authorization", "Bearer x")))
     await identity.close()
     assert (identified.principal.org_id, identified.credential_headers) == ("acme", frozenset())

@@ -51,9 +51,9 @@ class Config:
 class Bench:
     """A source with its clocks and its JWKS server."""
 
-    def __init__(self, config: Config, body: bytes = b"") -> None:
+    def __init__(self, config: Config, body: bytes = b"", kept: frozenset[str] = frozenset()) -> None:
         self.mono, self.wall, self.server = Time(), Time(NOW_S * 1000), JwksServer(body)
-        self.source = JwtSource(config, self.server.fetch, monotonic_ms=self.mono, wall_ms=self.wall)
+        self.source = JwtSource(config, self.server.fetch, monotonic_ms=self.mono, wall_ms=self.wall, claims=kept)
 
     async def accepts(self, token: str) -> Principal:
         principal = await self.source.identify(bearing(token))
@@ -370,6 +370,44 @@ async def test_other_forms_of_claims(bench: Bench, changes: dict[str, Any], expe
     assert await bench.accepts(hs256(**changes)) == replace(usual, **expected)
 
 
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [
+        ("blue", "blue"),
+        ("0", "0"),
+        (0, "0"),
+        (-12, "-12"),
+        (12.0, "12"),
+        (1.5, "1.5"),
+        (True, "true"),
+        (False, "false"),
+        ("a" * 256, "a" * 256),
+        (10**255 - 1, "9" * 255),
+        ("a" * 257, None),
+        (10**255, None),
+        (1e300, None),
+        (float("inf"), None),
+        (float("nan"), None),
+        ("", None),
+        ("two words", None),
+        ("caf\u00e9", None),
+        ("a\n", None),
+        (["blue"], None),
+        ({"name": "blue"}, None),
+        (None, None),
+    ],
+)
+async def test_a_claim_that_limits_are_per_goes_along_as_text_or_is_left_out(value: object, kept: str | None) -> None:
+    bench = Bench(Config(), kept=frozenset(("team", "not-there")))
+    for _ in range(2):  # the second time from memory
+        principal = await bench.accepts(hs256(team=value, other="x"))
+        assert principal.claims == ({} if kept is None else {"team": kept})
+
+
+async def test_no_claim_goes_along_unless_a_limit_is_per_it(bench: Bench) -> None:
+    assert (await bench.accepts(hs256(team="blue"))).claims == {}
+
+
 async def test_the_default_plan_is_for_tokens_without_one() -> None:
     bench = Bench(Config(default_plan="trial"))
     assert (await bench.accepts(hs256(plan=None))).plan == "trial"
@@ -520,6 +558,33 @@ async def test_the_memory_is_bounded_and_keeps_what_is_used(bench: Bench, monkey
     await bench.accepts(tokens[0])
     with pytest.raises(TypeError):
         await bench.accepts(tokens[1])
+
+
+async def test_only_a_verified_token_is_remembered_and_only_until_it_expires(bench: Bench) -> None:
+    token, other = hs256(exp=NOW_S + 10), hs256(jti="other")
+    assert bench.source.remembers(bearing(token)) is False
+    await bench.accepts(token)
+    await bench.accepts(other)
+    assert bench.source.remembers(bearing(token)) is True
+    assert bench.source.remembers(bearing(token + "x")) is False
+    assert bench.source.remembers(bearing("sk-upstream")) is None
+    assert bench.source.remembers(facts()) is None
+    both = facts(("authorization", f"Bearer {token}"), ("authorization", f"Bearer {other}"))
+    assert bench.source.remembers(both) is False
+    bench.wall.pass_ms(39_999)
+    assert bench.source.remembers(bearing(token)) is True
+    bench.wall.pass_ms(1)
+    assert bench.source.remembers(bearing(token)) is False
+
+
+async def test_a_token_is_remembered_over_a_change_of_keys_until_it_is_found_to_be_worthless(remote: Bench) -> None:
+    token = sign(rsa_key(0), claims(), "RS256", kid="r0")
+    await remote.accepts(token)
+    remote.server.body = jwks(jwk(rsa_key(1), kid="r1"))
+    remote.mono.pass_ms(600_000)
+    assert remote.source.remembers(bearing(token)) is True
+    await remote.refuses(token)
+    assert remote.source.remembers(bearing(token)) is False
 
 
 # Configuration

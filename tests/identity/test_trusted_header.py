@@ -92,3 +92,11 @@ async def test_no_header_value_makes_an_org_that_could_break_a_redis_key_or_a_he
     assert principal is not None
     assert principal.org_id.isascii() and principal.org_id.isprintable()
     assert not set(principal.org_id) & set("{} \t\"'/\\")
+
+
+async def test_only_what_a_listed_peer_says_once_is_as_good_as_remembered() -> None:
+    source = TrustedHeaderSource(Config())
+    assert source.remembers(facts(ORG, PLAN, peer_ip="10.1.2.3")) is True
+    assert source.remembers(facts(ORG, ORG, PLAN, peer_ip="10.1.2.3")) is False
+    assert source.remembers(facts(PLAN, peer_ip="10.1.2.3")) is None
+    assert source.remembers(facts(ORG, PLAN, peer_ip="203.0.113.9", client_ip="10.1.2.3")) is None
