@@ -123,8 +123,8 @@ async def add_org(postgres: Postgres, settings: Settings, org_id: str, plan: str
 
     Raises BadInput for an id or name that is not allowed or a plan that is not configured, LedgerRefusal when the id
     is taken, StoreUnavailable."""
-    _check_org(org_id)
-    _check_label("name", name)
+    check_org(org_id)
+    check_label("name", name)
     terms = settings.plans.get(plan)
     if terms is None:
         raise BadInput(unknown("plan", plan, list(settings.plans)))
@@ -143,7 +143,7 @@ async def list_orgs(postgres: Postgres, limit: int) -> list[OrgRow]:
 
 async def get_org(postgres: Postgres, org_id: str) -> OrgRow:
     """Raises UnknownOrg, with a guess what was meant, and StoreUnavailable."""
-    _check_org(org_id)
+    check_org(org_id)
     row = await postgres.row(query("orgs"), org_id, 1)
     if row is None:
         raise await _unknown_org(postgres, org_id)
@@ -152,8 +152,8 @@ async def get_org(postgres: Postgres, org_id: str) -> OrgRow:
 
 async def add_key(postgres: Postgres, org_id: str, key: NewKey) -> KeyRow:
     """The key opens the gateway for `org_id`. Raises BadInput, UnknownOrg, StoreUnavailable."""
-    _check_org(org_id)
-    _check_label("name", key.name)
+    check_org(org_id)
+    check_label("name", key.name)
     if key.user_id is not None and _USER.fullmatch(key.user_id) is None:
         raise BadInput(f"{quoted(key.user_id)} is not a user id: visible ASCII without spaces, at most 256 characters")
     row = await postgres.row(
@@ -188,8 +188,8 @@ async def give_credits(
 
     create: also for an org that was never seen here; otherwise that raises UnknownOrg, because it is mostly a typing
     error. Raises BadInput, LedgerRefusal when the id was used for another amount, StoreUnavailable."""
-    _check_org(org_id)
-    _check_label("note", note)
+    check_org(org_id)
+    check_label("note", note)
     if _GRANT_ID.fullmatch(grant_id) is None:
         raise BadInput(f"{quoted(grant_id)} is not a grant id: visible ASCII without spaces, at most 200 characters")
     if not 0 < credits <= CREDITS_MAX:
@@ -210,7 +210,7 @@ async def give_credits(
 
 async def get_balance(postgres: Postgres, org_id: str) -> Balance:
     """The posted balance. Raises BadInput, UnknownOrg, StoreUnavailable."""
-    _check_org(org_id)
+    check_org(org_id)
     balance = await read_balance(postgres, org_id)
     if balance is None:
         await get_org(postgres, org_id)
@@ -220,7 +220,7 @@ async def get_balance(postgres: Postgres, org_id: str) -> Balance:
 
 async def list_entries(postgres: Postgres, org_id: str, limit: int) -> list[EntryRow]:
     """The org's newest `limit` ledger entries. Raises BadInput, UnknownOrg, StoreUnavailable."""
-    _check_org(org_id)
+    check_org(org_id)
     rows = await postgres.rows(query("entries"), org_id, limit)
     if not rows:
         await get_balance(postgres, org_id)
@@ -243,14 +243,16 @@ async def _unknown_org(postgres: Postgres, org_id: str) -> UnknownOrg:
     return UnknownOrg(f"{text}{suggest(org_id, names) or '; `gateway orgs add` makes one'}")
 
 
-def _check_org(org_id: str) -> None:
+def check_org(org_id: str) -> None:
+    """Raises BadInput for text that can be no org's id."""
     if _ORG.fullmatch(org_id) is None:
         raise BadInput(
             f"{quoted(org_id)} is not an org id: letters, digits, '.', '_', ':' and '-', at most 128 characters"
         )
 
 
-def _check_label(what: str, text: str) -> None:
+def check_label(what: str, text: str) -> None:
+    """Raises BadInput for text that is not one short line."""
     if not text.isprintable() or len(text) > _LABEL_CHARS_MAX:
         raise BadInput(f"the {what} must be one line of at most {_LABEL_CHARS_MAX} printable characters")
 

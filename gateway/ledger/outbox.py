@@ -85,20 +85,25 @@ class Outbox:
                 failing, pause_s = False, self._flush_s
 
     async def flush(self) -> int:
-        """Everything that was waiting for the marked orgs is posted; returns the number of entries.
-        Raises StoreUnavailable; what was not posted stays marked."""
+        """Everything that was waiting for the marked orgs is posted, but for those whose part of a cluster is away;
+        returns the number of entries. Raises StoreUnavailable when there is nobody to ask. What was not posted stays
+        marked."""
         async with self._flushing:
             return await self._flush()
 
     async def _flush(self) -> int:
         count = 0
-        while self._dirty:
-            orgs = sorted(self._dirty)[: self._batch_max]
+        away: set[str] = set()
+        while waiting := self._dirty - away:
+            orgs = sorted(waiting)[: self._batch_max]
             # Unmarked before they are read: an org that settles meanwhile marks itself again.
             self._dirty.difference_update(orgs)
             try:
                 share = max(1, self._batch_max // len(orgs))
-                batch, balances = await self._post(await self._read(orgs, share))
+                found, unread = await self._read(orgs, share)
+                away |= unread
+                self._dirty |= unread
+                batch, balances = await self._post(found)
                 await self._apply(batch, {balance.org_id: balance for balance in balances})
             except BaseException:
                 self._dirty.update(orgs)
@@ -109,10 +114,22 @@ class Outbox:
         self.posted_count += count
         return count
 
-    async def _read(self, orgs: Sequence[str], share: int) -> list[OutboxEntry]:
-        """At most `share` of the oldest entries of each org, in one round trip."""
-        found = await asyncio.gather(*(self._read_org(org_id, share) for org_id in orgs))
-        return [item for items in found for item in items]
+    async def _read(self, orgs: Sequence[str], share: int) -> tuple[list[OutboxEntry], set[str]]:
+        """At most `share` of the oldest entries of each org, in one round trip, and the orgs that could not be asked
+        for. Raises StoreUnavailable when none could."""
+        found = await asyncio.gather(*(self._read_org(org_id, share) for org_id in orgs), return_exceptions=True)
+        entries: list[OutboxEntry] = []
+        unread: set[str] = set()
+        for org_id, items in zip(orgs, found, strict=True):
+            if isinstance(items, StoreUnavailable):
+                unread.add(org_id)
+            elif isinstance(items, BaseException):
+                raise items
+            else:
+                entries += items
+        if len(unread) == len(orgs) and isinstance(found[0], StoreUnavailable):
+            raise found[0]
+        return entries, unread
 
     async def _read_org(self, org_id: str, share: int) -> list[OutboxEntry]:
         try:

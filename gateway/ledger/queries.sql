@@ -121,3 +121,27 @@ SELECT count(*) AS entries FROM (SELECT 1 FROM gateway.dead_letter LIMIT $1) AS 
 -- name: announce
 -- Everybody who listens to channel $1 hears $2.
 SELECT pg_notify($1, $2);
+
+-- name: set_override
+-- The org's own value of a limit, in place of the one it had; the gateways learn it from the table's triggers.
+WITH before AS (
+    SELECT value FROM gateway.limit_override WHERE org_id = $1 AND limit_name = $2
+), written AS (
+    INSERT INTO gateway.limit_override (org_id, limit_name, value, note) VALUES ($1, $2, $3, $4)
+    ON CONFLICT (org_id, limit_name) DO UPDATE SET value = EXCLUDED.value, note = EXCLUDED.note, set_at = EXCLUDED.set_at
+    RETURNING org_id, limit_name, value, note, set_at
+)
+SELECT w.*, o.plan, (SELECT value FROM before) AS was FROM written w LEFT JOIN gateway.org o ON o.org_id = w.org_id;
+
+-- name: unset_override
+-- The org has its policy's limit again; no row when it had no other.
+WITH removed AS (
+    DELETE FROM gateway.limit_override WHERE org_id = $1 AND limit_name = $2
+    RETURNING org_id, limit_name, value, note, set_at
+) SELECT r.*, o.plan FROM removed r LEFT JOIN gateway.org o ON o.org_id = r.org_id;
+
+-- name: overrides
+-- Overrides of one org, or of all in order of id, with the org's plan where there is such an org here.
+SELECT l.org_id, l.limit_name, l.value, l.note, l.set_at, o.plan
+FROM gateway.limit_override l LEFT JOIN gateway.org o ON o.org_id = l.org_id
+WHERE $1::text IS NULL OR l.org_id = $1 ORDER BY l.org_id, l.limit_name LIMIT $2;

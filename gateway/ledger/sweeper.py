@@ -53,7 +53,8 @@ class Sweeper:
             await asyncio.sleep(self._sweep_s)
 
     async def sweep(self) -> int:
-        """Every hold whose lease ran out has ended; returns how many. Raises StoreUnavailable."""
+        """Every hold whose lease ran out has ended, but for those in a part of a cluster that is away; returns how many.
+        Raises StoreUnavailable when nobody tells which orgs are active."""
         seconds, micros = await self._redis.call("TIME")
         now_ms = int(seconds) * 1000 + int(micros) // 1000
         active = _pairs(await self._redis.call("ZRANGE", keys.ACTIVE_ORGS, 0, -1, "WITHSCORES"))
@@ -74,6 +75,10 @@ class Sweeper:
         except StoreRefused as exc:
             # Somebody else's value under our name: a matter for a person, and for this org alone.
             log.error("an org cannot be swept", org=org_id, error=str(exc))
+            return 0
+        except StoreUnavailable as exc:
+            # Its part of a cluster is away: the others are swept, and it with the next sweep.
+            log.debug("sweep of an org put off", org=org_id, error=str(exc))
             return 0
         if has_outbox or due:
             self._mark_dirty(org_id)
