@@ -6,11 +6,12 @@ A dialect turns a `types.Refusal` into bytes and knows nothing else: not why, no
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from gateway.dialects import openai, problem
+from gateway.dialects import anthropic, openai, problem
 from gateway.dialects.common import Dialect, Rendered
 
 DIALECTS: Mapping[str, Dialect] = MappingProxyType(
     {
+        "anthropic": anthropic,
         "openai": openai,
         "problem": problem,
     }

@@ -1,15 +1,18 @@
 """What every dialect shares: the rendered answer, and the header fields that mean the same to every client.
 
-A dialect owns the shape of a refusal's body and its media type. The status and the code come from the refusal, and
-the retry fields are written here, once, because SDKs of every dialect read the same ones (wire.md, "What clients do").
+A dialect owns the shape of a refusal's body, its media type and what it calls the request's id. The status and the
+code come from the refusal, and the retry fields are written here, once, because SDKs of every dialect read the same
+ones (wire.md, "What clients do"). How limits are spelled is ratelimit.py's to know.
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
 
+from gateway.dialects import ratelimit
 from gateway.types import Refusal
 
 #: A client told to wait longer than this is told not to retry by itself: some SDKs sleep without a cap.
@@ -31,11 +34,22 @@ class Rendered:
     body: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """What of an answer's head is a dialect's own."""
+
+    content_type: bytes
+    #: Whose limit fields stand beside the draft's: a family of ratelimit.py.
+    family: str
+    #: The fields its clients read the request's id from.
+    id_fields: tuple[bytes, ...] = (b"x-request-id",)
+
+
 class Dialect(Protocol):
     """One client family's way of being told no. The modules of this package are such objects."""
 
-    def render(self, refusal: Refusal, request_id: str) -> Rendered:
-        """The whole answer, for when no byte of an answer was sent yet."""
+    def render(self, refusal: Refusal, request_id: str, now_s: float | None = None) -> Rendered:
+        """The whole answer, for when no byte of an answer was sent yet. now_s: Unix time; None asks the clock."""
         ...
 
     def stream_error(self, refusal: Refusal) -> bytes:
@@ -46,15 +60,18 @@ class Dialect(Protocol):
         ...
 
 
-def answer(refusal: Refusal, request_id: str, content_type: bytes, body: bytes) -> Rendered:
+def answer(manner: Manner, refusal: Refusal, request_id: str, body: bytes, now_s: float | None) -> Rendered:
     """`body` with the header fields that tell every client what happened and whether to come back."""
+    shown_id = field_value(request_id)
     headers = [
-        (b"content-type", content_type),
+        (b"content-type", manner.content_type),
         (b"content-length", b"%d" % len(body)),
         (b"cache-control", b"no-store"),
-        (b"x-request-id", field_value(request_id)),
+        *((name, shown_id) for name in manner.id_fields),
         *_retry_headers(refusal),
     ]
+    if refusal.limits:
+        headers += ratelimit.fields(refusal.limits, manner.family, time.time() if now_s is None else now_s)
     if refusal.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))  # RFC 9110 §15.5.2 demands a challenge.
     if refusal.status == 405:

@@ -4,10 +4,10 @@ The SDKs hand `error` to the application as `.body` and keep members they do not
 id stand inside it. They read the request id from `x-request-id` and pick the exception by status alone.
 """
 
-from gateway.dialects.common import Rendered, answer, encode, with_details
+from gateway.dialects.common import Manner, Rendered, answer, encode, with_details
 from gateway.types import Refusal
 
-CONTENT_TYPE = b"application/json"
+MANNER = Manner(b"application/json", family="openai")
 
 #: `error.type` by status, where OpenAI has a word of its own. 502 and 504 blame the upstream, 500 and 503 ourselves.
 _TYPES = {
@@ -19,10 +19,10 @@ _TYPES = {
 }
 
 
-def render(refusal: Refusal, request_id: str) -> Rendered:
+def render(refusal: Refusal, request_id: str, now_s: float | None = None) -> Rendered:
     """The whole answer; see `common.Dialect.render`."""
     error = _error(refusal, request_id)
-    return answer(refusal, request_id, CONTENT_TYPE, encode({"error": error}))
+    return answer(MANNER, refusal, request_id, encode({"error": error}), now_s)
 
 
 def stream_error(refusal: Refusal) -> bytes:

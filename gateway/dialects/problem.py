@@ -9,16 +9,16 @@ from http import HTTPStatus
 from urllib.parse import quote
 from uuid import UUID
 
-from gateway.dialects.common import Rendered, answer, encode, with_details
+from gateway.dialects.common import Manner, Rendered, answer, encode, with_details
 from gateway.types import Refusal
 
-CONTENT_TYPE = b"application/problem+json"
+MANNER = Manner(b"application/problem+json", family="problem")
 QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded"
 
 _PHRASES: Mapping[int, str] = {status.value: status.phrase for status in HTTPStatus}
 
 
-def render(refusal: Refusal, request_id: str) -> Rendered:
+def render(refusal: Refusal, request_id: str, now_s: float | None = None) -> Rendered:
     """The whole answer; see `common.Dialect.render`."""
     violated = _violated_policies(refusal)
     problem: dict[str, object] = {
@@ -34,7 +34,7 @@ def render(refusal: Refusal, request_id: str) -> Rendered:
         problem["violated-policies"] = violated
     document = with_details(problem, refusal)
     document.pop("violated_policies", None)  # said above, under the name the draft gives it
-    return answer(refusal, request_id, CONTENT_TYPE, encode(document))
+    return answer(MANNER, refusal, request_id, encode(document), now_s)
 
 
 def stream_error(refusal: Refusal) -> bytes:

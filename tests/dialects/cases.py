@@ -8,6 +8,7 @@ from pathlib import Path
 from gateway import errors
 from gateway.dialects import DIALECTS, Rendered
 from gateway.types import Refusal
+from tests.dialects.judged import NOW_S, judged
 
 REQUEST_ID = "0198c0de-0000-7000-8000-000000000001"
 GOLDEN = Path(__file__).parent / "golden"
@@ -42,12 +43,17 @@ REFUSALS: dict[str, Refusal] = {
     ),
     "invalid_api_key": errors.Unauthenticated().refusal(),
     "method_not_allowed": Refusal(405, "method_not_allowed", "Not this method.", details={"allow": ["GET", "POST"]}),
-    "rate_limit_exceeded": Refusal(429, "rate_limit_exceeded", "Limit 'rpm' is reached.", 1234, None, LIMIT),
-    "rate_limit_exceeded_for_long": Refusal(429, "rate_limit_exceeded", "Come back later.", 60_001, True, LIMIT),
+    "rate_limit_exceeded": Refusal(
+        429, "rate_limit_exceeded", "Limit 'rpm' is reached.", 1234, None, LIMIT, judged(1234)
+    ),
+    "rate_limit_exceeded_for_long": Refusal(
+        429, "rate_limit_exceeded", "Come back later.", 60_001, True, LIMIT, judged(60_001)
+    ),
     "request_exceeds_limit": Refusal(400, "request_exceeds_limit", "This never fits.", None, False, {"limit": "tpm"}),
     "request_timeout": errors.RequestTimeout().refusal(),
     "shutting_down": errors.ShuttingDown().refusal(),
     "store_unavailable": errors.StoreUnavailable().refusal(),
+    "too_many_failures": Refusal(429, "too_many_failures", "Too many failures.", 500),
     "unknown_plan": Refusal(403, "unknown_plan", "This plan is not configured.", None, False, {"plan": "gold"}),
     "unknown_route": errors.UnknownRoute().refusal(),
     "upstream_broke": errors.UpstreamBroke().refusal(),
@@ -76,7 +82,7 @@ def write() -> None:
         for stale in (GOLDEN / dialect).glob("*.http"):
             stale.unlink()
         for case, refusal in REFUSALS.items():
-            path(dialect, case).write_bytes(wire(module.render(refusal, REQUEST_ID)))
+            path(dialect, case).write_bytes(wire(module.render(refusal, REQUEST_ID, NOW_S)))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,15 @@ from gateway import errors
 from gateway.dialects import DIALECTS
 from gateway.types import Refusal
 from tests.dialects.cases import GOLDEN, REFUSALS, REQUEST_ID, path, wire
+from tests.dialects.judged import NOW_S
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("case", REFUSALS)
 def test_a_refusal_is_worded_as_agreed(dialect: str, case: str) -> None:
-    assert wire(DIALECTS[dialect].render(REFUSALS[case], REQUEST_ID)) == path(dialect, case).read_bytes()
+    rendered = DIALECTS[dialect].render(REFUSALS[case], REQUEST_ID, NOW_S)
+
+    assert wire(rendered) == path(dialect, case).read_bytes()
 
 
 def test_no_golden_file_is_left_over() -> None:

@@ -1,16 +1,19 @@
-"""What the real `openai` package makes of each refusal: the exception, what it carries, and whether it tries again."""
+"""What the real `openai` package makes of each refusal, over a socket: exception, contents, attempts, waits."""
 
 import time
 
-import httpx
 import openai
 import pytest
 
-from gateway.dialects import DIALECTS
-from gateway.types import Refusal
+from gateway.dialects import DIALECTS, Rendered
+from gateway.dialects.ratelimit import fields
 from tests.dialects.cases import REFUSALS, REQUEST_ID
+from tests.dialects.judged import NOW_S, judged
+from tests.dialects.listening import listening
 
 RETRIES = 2
+DIALECT = DIALECTS["openai"]
+COMPLETION = b'{"id":"c","object":"chat.completion","created":1,"model":"m","choices":[]}'
 
 #: Exception and attempts by case.
 EXPECTED: dict[str, tuple[type[openai.APIStatusError], int]] = {
@@ -30,6 +33,7 @@ EXPECTED: dict[str, tuple[type[openai.APIStatusError], int]] = {
     "request_timeout": (openai.APIStatusError, 1 + RETRIES),
     "shutting_down": (openai.InternalServerError, 1 + RETRIES),
     "store_unavailable": (openai.InternalServerError, 1 + RETRIES),
+    "too_many_failures": (openai.RateLimitError, 1 + RETRIES),
     "unknown_plan": (openai.PermissionDeniedError, 1),
     "unknown_route": (openai.NotFoundError, 1),
     "upstream_broke": (openai.InternalServerError, 1 + RETRIES),
@@ -41,29 +45,24 @@ EXPECTED: dict[str, tuple[type[openai.APIStatusError], int]] = {
 }
 
 
-class Server:
-    """Refuses every request the same way; counts the requests and the naps between them."""
+@pytest.fixture
+def naps_s(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long the SDK wanted to sleep between its attempts."""
+    naps: list[float] = []
+    monkeypatch.setattr(time, "sleep", naps.append)
+    return naps
 
-    def __init__(self, refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._refusal = refusal
-        self.requests = 0
-        self.naps_s: list[float] = []
-        monkeypatch.setattr(time, "sleep", self.naps_s.append)
 
-    def answer(self, _: httpx.Request) -> httpx.Response:
-        self.requests += 1
-        rendered = DIALECTS["openai"].render(self._refusal, REQUEST_ID)
-        return httpx.Response(rendered.status, headers=list(rendered.headers), content=rendered.body)
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(api_key="k", base_url=f"{url}/v1", max_retries=RETRIES)
 
-    def call(self) -> openai.APIStatusError:
-        with (
-            httpx.Client(transport=httpx.MockTransport(self.answer)) as http,
-            # The SDK also takes httpx clients, though its stubs name httpx2's.
-            openai.OpenAI(api_key="k", base_url="http://gateway/v1", http_client=http, max_retries=RETRIES) as client,  # type: ignore[arg-type]
-            pytest.raises(openai.APIStatusError) as caught,
-        ):
-            client.chat.completions.create(model="m", messages=[{"role": "user", "content": "hi"}])
-        return caught.value
+
+def refused(case: str) -> tuple[openai.APIStatusError, int]:
+    """What the SDK raises, and how often it asked."""
+    with listening(DIALECT.render(REFUSALS[case], REQUEST_ID, NOW_S)) as server, client(server.url) as sdk:
+        with pytest.raises(openai.APIStatusError) as caught:
+            sdk.chat.completions.create(model="m", messages=[{"role": "user", "content": "hi"}])
+        return caught.value, server.requests
 
 
 def test_every_refusal_is_expected_of_the_sdk() -> None:
@@ -71,14 +70,12 @@ def test_every_refusal_is_expected_of_the_sdk() -> None:
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_the_sdk_understands(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sdk_understands(case: str, naps_s: list[float]) -> None:
     refusal = REFUSALS[case]
-    server = Server(refusal, monkeypatch)
 
-    error = server.call()
+    error, requests = refused(case)
 
-    kind, attempts = EXPECTED[case]
-    assert type(error) is kind and server.requests == attempts
+    assert (type(error), requests) == EXPECTED[case]
     assert (error.status_code, error.code, error.request_id) == (refusal.status, refusal.code, REQUEST_ID)
     assert error.message.endswith(refusal.message)
     assert isinstance(error.body, dict)
@@ -86,25 +83,42 @@ def test_the_sdk_understands(case: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert {name: error.body[name] for name in refusal.details} == dict(refusal.details)
 
 
-def test_the_sdk_waits_exactly_as_long_as_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    server = Server(REFUSALS["rate_limit_exceeded"], monkeypatch)
+def test_the_sdk_waits_exactly_as_long_as_told(naps_s: list[float]) -> None:
+    refused("rate_limit_exceeded")
 
-    server.call()
+    assert naps_s == [1.234] * RETRIES
 
-    assert server.naps_s == [1.234] * RETRIES
+
+def test_an_answer_tells_the_sdk_what_is_left_of_the_limits() -> None:
+    head = (
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(COMPLETION)),
+        *fields(judged(0), "openai", NOW_S),
+    )
+
+    with listening(Rendered(200, head, COMPLETION)) as server, client(server.url) as sdk:
+        answer = sdk.chat.completions.with_raw_response.create(model="m", messages=[])
+
+    assert answer.parse().id == "c"
+    assert {name: value for name, value in answer.headers.items() if name.startswith("x-ratelimit-")} == {
+        "x-ratelimit-limit-requests": "20",
+        "x-ratelimit-remaining-requests": "0",
+        "x-ratelimit-reset-requests": "2s",
+        "x-ratelimit-limit-tokens": "100000",
+        "x-ratelimit-remaining-tokens": "1600",
+        "x-ratelimit-reset-tokens": "58.999s",
+    }
 
 
 def test_the_sdk_raises_at_a_stream_error() -> None:
-    event = DIALECTS["openai"].stream_error(REFUSALS["insufficient_credits"])
     chunk = b'data: {"id":"c","object":"chat.completion.chunk","created":1,"model":"m","choices":[]}\n\n'
-
-    def answer(_: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, headers={"content-type": "text/event-stream"}, content=chunk + event)
+    body = chunk + DIALECT.stream_error(REFUSALS["insufficient_credits"])
+    head = ((b"content-type", b"text/event-stream"), (b"content-length", b"%d" % len(body)))
 
     with (
-        httpx.Client(transport=httpx.MockTransport(answer)) as http,
-        openai.OpenAI(api_key="k", base_url="http://gateway/v1", http_client=http) as client,  # type: ignore[arg-type]
-        client.chat.completions.create(model="m", messages=[], stream=True) as stream,
+        listening(Rendered(200, head, body)) as server,
+        client(server.url) as sdk,
+        sdk.chat.completions.create(model="m", messages=[], stream=True) as stream,
     ):
         assert next(stream).id == "c"
         with pytest.raises(openai.APIError) as caught:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from tests.walk.wire.case import (
     ALL,
+    BUFFERED,
     METERED,
     PLAIN,
     Case,
@@ -117,6 +118,10 @@ FIELDS: dict[str, tuple[bytes, ...]] = {
         b"x-ratelimit-reset-tokens: 6m0s",
         b'RateLimit: "a";r=1;t=2',
     ),
+    "limits of its own, as OpenAI has them": (b"X-RateLimit-Remaining-Tokens: 9",),
+    "limits of its own, in the old way": (b"X-RateLimit-Limit: 9", b"RateLimit-Remaining: 1"),
+    "limits of its own, as Anthropic has them": (b"anthropic-ratelimit-requests-limit: 9",),
+    "a warning of its own": (b"X-RateLimit-Warning: theirs;used=0.99",),
     "Location": (b"Location: /x/../y?a=%2F",),
     "Content-Encoding: gzip": (b"Content-Encoding: gzip",),
     "Content-Encoding: br": (b"Content-Encoding: br",),
@@ -172,6 +177,12 @@ def cases() -> Iterator[Case]:
     yield Case("reason of an error of its own", once(GET, answer(status=503, reason=b"Slow down, please")))
     for name, lines in FIELDS.items():
         yield Case(f"answer fields: {name}", once(GET, answer(*lines)), (PLAIN, METERED))
+        if "limits" in name:
+            yield Case(f"answer fields: {name}, to a chat", once(chat(), answer(*lines)), (BUFFERED,))
+    # Here the ways differ: what is left is the dialect's.
+    policy = answer(b'RateLimit-Policy: "a";q=1', b"X-After: 1")
+    yield Case("answer fields: a policy of its own", once(GET, policy))
+    yield Case("answer fields: a policy of its own, to a chat", once(chat(), policy), (METERED,))
     yield from _errors()
     yield from _lengths()
     for name, said in CHUNKED.items():

@@ -30,6 +30,10 @@ class Setting:
     trusted: bool = False
     #: A limit counts tokens, so that the body is read before it is forwarded.
     buffered: bool = False
+    #: `dialect` of the route.
+    dialect: str = "problem"
+    #: `limits.headers`.
+    limit_fields: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,9 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import redis.asyncio as redis_client
@@ -30,8 +31,27 @@ ROUTES_CONFIGURED = """
 """
 PLANS = "plans: { pro: { credits: 1000, policy: pro } }"
 PLANS_TOO = "plans: { pro: { credits: 1000, policy: pro }, counted: { credits: 1000, policy: counted } }"
+#: Of what is taken all is back within the same millisecond, so that no request meets the traces of another one. What
+#: is in shadow would tell of the ones before.
+LIMITS: list[dict[str, Any]] = [
+    {"name": "tried-out", "count": "requests", "limit": 1, "window": "1h", "shadow": True, "warn_at": 0.01},
+    {
+        "name": "rate",
+        "count": "requests",
+        "algorithm": "gcra",
+        "limit": 1_000_000,
+        "burst": 4,
+        "window": "1s",
+        "warn_at": 0.25,
+    },
+    {"name": "credits", "count": "credits", "algorithm": "gcra", "limit": 1_000_000, "burst": 100, "window": "1s"},
+]
 #: Tokens are limited here, so the body is read before it is forwarded.
-COUNTED = "policy: counted\nlimits: [ { name: tokens, count: tokens, limit: 1000000000, window: 1h } ]\n"
+COUNTED = """
+policy: counted
+limits:
+  - { name: tokens, count: tokens, algorithm: gcra, limit: 1000000000, burst: 1000000000, window: 1s }
+"""
 
 
 @dataclass
@@ -110,7 +130,14 @@ async def gateways(directory: Path, redis_url: str, database_url: str) -> AsyncI
         (directory / "configured").mkdir()
         settings = {"routes": ROUTES, "signing_key": SIGNING_KEY, "lease": "30s"}
         house = WireHouse(
-            directory, redis_url, database_url, postgres, redis, f"http://{upstream.authority}", settings=settings
+            directory,
+            redis_url,
+            database_url,
+            postgres,
+            redis,
+            f"http://{upstream.authority}",
+            limits=LIMITS,
+            settings=settings,
         )
         configured = WireHouse(
             directory / "configured",
@@ -119,7 +146,12 @@ async def gateways(directory: Path, redis_url: str, database_url: str) -> AsyncI
             postgres,
             redis,
             f"http://{upstream.authority}",
-            settings={"routes": ROUTES_CONFIGURED, "trusted": "[127.0.0.1/32]"},
+            limits=LIMITS,
+            settings={
+                "routes": ROUTES_CONFIGURED,
+                "trusted": "[127.0.0.1/32]",
+                "limit_rules": "{ headers: false }",
+            },
             more={
                 "listen:\n  {": "listen:\n  { via: edge,",
                 "    targets:": "    host: client\n    targets:",
@@ -139,12 +171,21 @@ async def gateways(directory: Path, redis_url: str, database_url: str) -> AsyncI
             upstream,
             {
                 PLAIN: Way(port, b"", acme, ann),
-                METERED: Way(port, b"/metered", acme, ann),
+                METERED: Way(port, b"/metered", acme, replace(ann, dialect="openai")),
                 BUFFERED: Way(
                     port,
                     b"/metered",
                     counted,
-                    Setting(authority, b"counted", b"counted", None, SIGNING_KEY.encode(), key=counted, buffered=True),
+                    Setting(
+                        authority,
+                        b"counted",
+                        b"counted",
+                        None,
+                        SIGNING_KEY.encode(),
+                        key=counted,
+                        buffered=True,
+                        dialect="openai",
+                    ),
                 ),
                 CONFIGURED: Way(
                     other_port,
@@ -160,6 +201,7 @@ async def gateways(directory: Path, redis_url: str, database_url: str) -> AsyncI
                         host_is_clients=True,
                         via=b"edge",
                         trusted=True,
+                        limit_fields=False,
                     ),
                 ),
             },

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from tests.walk.wire.both_ways import trailer_fields, version, via, without_connection_fields
 from tests.walk.wire.exchange import Difference, Exchange, closes, cut_up, has_chunks, request_id_of, session_of, spaced
-from tests.walk.wire.messages import Message, chunks_of
+from tests.walk.wire.messages import Message, chunks_of, name_of
 
 
 def _interim_to_1_0(message: Message, exchange: Exchange) -> Message | None:
@@ -24,6 +24,51 @@ def _answer_id(message: Message, exchange: Exchange) -> Message:
         return message
     name = b"x-gateway-request-id" if message.values(b"x-request-id") else b"x-request-id"
     return message.adding(name + b": " + request_id_of(exchange))
+
+
+def _limits(message: Message, exchange: Exchange) -> Message:
+    if message.is_interim or not exchange.setting.limit_fields:
+        return message
+    # Whose fields the upstream has some of keeps them to itself.
+    named = {name_of(line) for line in message.lines} - {b"x-ratelimit-warning"}
+    theirs = tuple(start for start in (b"ratelimit", b"x-ratelimit-") if any(name.startswith(start) for name in named))
+    return message.adding(*(line for line in limit_lines(exchange) if not name_of(line).startswith(theirs)))
+
+
+def _limit_warning(message: Message, exchange: Exchange) -> Message:
+    setting = exchange.setting
+    if message.is_interim or not setting.limit_fields or setting.buffered or message.values(b"x-ratelimit-warning"):
+        return message
+    return message.adding(b"x-ratelimit-warning: rate;used=0.25")
+
+
+def limit_lines(exchange: Exchange) -> list[bytes]:
+    """What the limits of gateways.py come to. All of them are full again before the next request, so the figures are
+    always those of one request alone; and there are some in shadow, of which nothing is to be seen."""
+    setting = exchange.setting
+    if not setting.buffered:
+        lines = [
+            b'ratelimit-policy: "credits";q=100;qu="credits";w=1, "rate";q=4;w=1',
+            b'ratelimit: "rate";r=3;t=1, "credits";r=99;t=1',
+        ]
+        unit, most, left = b"requests", 4, 3
+    else:
+        # Reserved: a token for every four bytes, and 1024 for the answer.
+        unit, most = b"tokens", 1_000_000_000
+        request = exchange.request
+        content = chunks_of(request.body).content if request.is_chunked else request.body
+        left = most + -len(content) // 4 - 1_024
+        lines = [
+            b'ratelimit-policy: "tokens";q=%d;qu="tokens";w=1' % most,
+            b'ratelimit: "tokens";r=%d;t=1' % left,
+        ]
+    if setting.dialect == "openai":
+        lines += [
+            b"x-ratelimit-limit-%b: %d" % (unit, most),
+            b"x-ratelimit-remaining-%b: %d" % (unit, left),
+            b"x-ratelimit-reset-%b: 1ms" % unit,
+        ]
+    return lines
 
 
 def _unchunked_for_1_0(message: Message, exchange: Exchange) -> Message:
@@ -110,6 +155,8 @@ TO_CLIENT = (
     Difference("request-id", "answer", _answer_id),
     Difference("session-id", "answer", _answer_session),
     Difference("answer-via", "answer", via),
+    Difference("limits", "answer", _limits),
+    Difference("limit-warning", "answer", _limit_warning),
     Difference("answer-version", "answer", version),
     Difference("chunks-to-http-1.0", "answer", _unchunked_for_1_0),
     Difference("answer-trailers", "answer", trailer_fields),
