@@ -1,5 +1,5 @@
 """One multiplexed Redis connection: commands queued in one turn of the event loop leave in one write, replies
-come back in order. It owns the byte stream and the deadlines; finding and keeping a server is `redis.py`'s.
+come back in order. It owns the byte stream and the deadlines; finding and keeping a server is `node.py`'s.
 
     queued ──write──▶ waiting ──reply──▶ done
                          │ deadline over: its caller is told; its place is kept so that the late reply
@@ -10,9 +10,15 @@ come back in order. It owns the byte stream and the deadlines; finding and keepi
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import hiredis
+
+#: What a reply can be: a status or bulk string, a number, nothing, or a list of these.
+Reply: TypeAlias = Any
+Command: TypeAlias = tuple[bytes | str | int, ...]
+#: A command that left: when its caller is to be told that no reply came (loop time), its caller, the command.
+Waiting: TypeAlias = tuple[float, asyncio.Future[Reply], Command]
 
 #: A connection whose oldest reply is overdue by this factor is given up.
 STALLED_AFTER_TIMEOUTS = 5
@@ -22,37 +28,49 @@ class LinkLost(Exception):
     """The Redis connection was lost before the reply arrived."""
 
 
+class NotSent(LinkLost):
+    """There is no connection to the server that the command is for: it never left."""
+
+
 class LinkTimeout(Exception):
     """Redis did not reply within the deadline; the command may still take effect."""
 
 
 class Link(asyncio.Protocol):
-    """A connected byte stream to one Redis server."""
+    """A connected byte stream to one Redis server.
+
+    on_lost: told once, with the reason. on_refused: sees every error reply first, and whose caller it is for; says
+    whether it will answer that caller itself."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, timeout_s: float, on_lost: Callable[["Link", str], None]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        timeout_s: float,
+        on_lost: Callable[["Link", str], None],
+        on_refused: Callable[["Link", Waiting, hiredis.ReplyError], bool],
     ) -> None:
         self._loop = loop
         self._timeout_s = timeout_s
         self._on_lost = on_lost
+        self._on_refused = on_refused
         self._reader = hiredis.Reader()
         self._transport: asyncio.Transport | None = None
         self._out: list[bytes] = []
-        self._waiting: deque[tuple[float, asyncio.Future[Any]]] = deque()
+        self._waiting: deque[Waiting] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self.lost = False
 
-    def send(self, *args: bytes | str | int) -> asyncio.Future[Any]:
+    def send(self, *args: bytes | str | int) -> asyncio.Future[Reply]:
         """The command will leave in this turn of the loop. The future yields the reply, an error reply as a value
         of type `hiredis.ReplyError`; it raises LinkLost or LinkTimeout."""
-        future: asyncio.Future[Any] = self._loop.create_future()
+        future: asyncio.Future[Reply] = self._loop.create_future()
         if self.lost:
-            future.set_exception(LinkLost("connection is closed"))
+            future.set_exception(NotSent("connection is closed"))
             return future
         if not self._out:
             self._loop.call_soon(self._flush)
         self._out.append(hiredis.pack_command(args))  # type: ignore[arg-type]  # its stub means tuple[..., ...]
-        self._waiting.append((self._loop.time() + self._timeout_s, future))
+        self._waiting.append((self._loop.time() + self._timeout_s, future, args))
         if self._timer is None:
             self._timer = self._loop.call_later(self._timeout_s, self._expire)
         return future
@@ -75,7 +93,7 @@ class Link(asyncio.Protocol):
         """Tell every caller whose deadline is over; sleep until the next one's."""
         self._timer = None
         now = self._loop.time()
-        for deadline, future in self._waiting:
+        for deadline, future, _ in self._waiting:
             if deadline > now:
                 self._timer = self._loop.call_at(deadline, self._expire)
                 break
@@ -98,9 +116,11 @@ class Link(asyncio.Protocol):
         self._reader.feed(data)
         try:
             while (reply := self._reader.gets()) is not False:
-                _, future = self._waiting.popleft()
-                if not future.done():
-                    future.set_result(reply)
+                waiting = self._waiting.popleft()
+                if isinstance(reply, hiredis.ReplyError) and self._on_refused(self, waiting, reply):
+                    continue
+                if not waiting[1].done():
+                    waiting[1].set_result(reply)
         except (hiredis.ProtocolError, IndexError):
             # Either side lost count: no later reply on this connection can be trusted.
             self.abort()
@@ -112,7 +132,7 @@ class Link(asyncio.Protocol):
             self._timer = None
         reason = str(exc) if exc else "closed by the server"
         waiting, self._waiting = self._waiting, deque()
-        for _, future in waiting:
+        for _, future, _ in waiting:
             if not future.done():
                 future.set_exception(LinkLost(reason))
         self._on_lost(self, reason)

@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 
 from gateway.cli.diagnosis.finding import Finding, ok, problem, warning
 from gateway.config import JwtSource, Settings
+from gateway.redis_address import RedisAddress
 
 #: A random secret of 32 characters has about this many different ones even in hexadecimal.
 DIFFERENT_CHARS_MIN = 10
@@ -45,16 +46,17 @@ def _strength(name: str, secret: str) -> Finding:
 
 
 def _stores(settings: Settings) -> Iterator[Finding]:
-    for name, url in (("redis", settings.stores.redis), ("postgres", settings.stores.postgres)):
-        parts = urlsplit(url)
-        if url == "embedded" or parts.hostname is None or _is_here(parts.hostname):
-            continue
-        if name == "redis" and not parts.password:
-            says = f"no password for Redis at {parts.hostname}"
-            yield warning("config.redis", says, "anybody on that network can change balances: set requirepass")
-        if name == "redis" and parts.scheme == "redis" and _is_public(parts.hostname):
-            says = f"Redis at {parts.hostname} is reached over the internet without TLS"
-            yield problem("config.redis", says, "use rediss://")
+    if settings.stores.redis == "embedded":
+        return
+    address = RedisAddress.parse(settings.stores.redis)
+    elsewhere = [host for host, _ in address.places if not _is_here(host)]
+    public = [host for host in elsewhere if _is_public(host)]
+    if elsewhere and not address.login.password:
+        says = f"no password for Redis at {elsewhere[0]}"
+        yield warning("config.redis", says, "anybody on that network can change balances: set requirepass")
+    if public and not address.tls:
+        says = f"Redis at {public[0]} is reached over the internet without TLS"
+        yield problem("config.redis", says, "use TLS: rediss instead of redis")
 
 
 def _upstreams(settings: Settings) -> Iterator[Finding]:
