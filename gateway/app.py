@@ -14,7 +14,7 @@ import structlog
 from prometheus_client import generate_latest
 from starlette.applications import Starlette
 
-from gateway import __version__, admission, limits, session
+from gateway import __version__, admission, floodgate, limits, session
 from gateway.admission import Admission, Settling
 from gateway.config import RouteTable, Settings
 from gateway.downstream import Receive, Send
@@ -24,7 +24,9 @@ from gateway.identity.api_key import CHANNEL as KEYS_CHANNEL
 from gateway.identity.api_key import key_loader
 from gateway.ledger import CREDITS_CHANNEL, Accounts, Outbox, Sweeper, migrate, pending, post
 from gateway.ops import Health, Probe, ops_app, watch_gauges
-from gateway.policy import PolicySet
+from gateway.overrides import CHANNEL as LIMITS_CHANNEL
+from gateway.overrides import Overrides
+from gateway.policy import PolicySet, claims_needed, headers_needed
 from gateway.proxy import Proxy, Steps
 from gateway.session import Sessions
 from gateway.stores import Postgres, Redis, Script
@@ -86,6 +88,8 @@ class Gateway:
             settle_timeout_ms=credits.settle_timeout_ms,
             outbox_entries_max=credits.outbox_entries_max,
             mirror_ttl_s=mirror_ttl_s,
+            deny_cache_ms=settings.limits.deny_cache_ms,
+            deny_cache_entries_max=settings.limits.deny_cache_entries_max,
         )
         self.settling = Settling(
             self.redis, rules, post=lambda entries: post(self.postgres, entries), mark_dirty=self._outbox.mark
@@ -93,7 +97,9 @@ class Gateway:
         self.admission = Admission(
             self.redis, rules, self.settling, load_balance=self._accounts.load, recheck=self._accounts.recheck
         )
+        self.overrides = Overrides(self.postgres, entries_max=settings.limits.overrides_max)
         self.upstreams = Upstreams(settings.upstreams)
+        self.floodgate = floodgate.Floodgate(_floodgate_rules(settings), _monotonic_ms)
         self.metrics = Metrics()
         self.health = Health(self._probes())
         self._tasks: list[asyncio.Task[None]] = []
@@ -101,6 +107,8 @@ class Gateway:
         self._access_log = AccessLog(access_stream(), pretty=self._pretty)
         self._identity: Identity | None = None
         self._migrated = False
+        #: PostgreSQL has answered about the schema, which is current or cannot be made so by us.
+        self._schema_judged = asyncio.Event()
 
     async def open(self) -> Proxy:
         """Background work runs and requests may come. Needs no store to be there yet."""
@@ -110,10 +118,20 @@ class Gateway:
         await self.postgres.open()
         self._identity = open_identity(
             settings.identity,
-            Powers(load_key=key_loader(self.postgres), fetch=self._fetch, monotonic_ms=_monotonic_ms, wall_ms=_wall_ms),
+            Powers(
+                load_key=key_loader(self.postgres),
+                fetch=self._fetch,
+                monotonic_ms=_monotonic_ms,
+                wall_ms=_wall_ms,
+                claims=claims_needed(settings),
+            ),
         )
         self.postgres.listen(
-            {KEYS_CHANNEL: self._identity.on_notification, CREDITS_CHANNEL: self._accounts.on_notification},
+            {
+                KEYS_CHANNEL: self._identity.on_notification,
+                CREDITS_CHANNEL: self._accounts.on_notification,
+                LIMITS_CHANNEL: self.overrides.on_notification,
+            },
             on_connect=self._announcements_may_be_missed,
         )
         for name, work in (
@@ -122,6 +140,7 @@ class Gateway:
             ("outbox", self._outbox.run),
             ("sweeper", self._sweeper.run),
             ("health checks", self.upstreams.run),
+            ("overrides", self._follow_overrides),
         ):
             self._tasks.append(asyncio.create_task(_forever(name, work), name=name))
         watch_gauges(
@@ -131,20 +150,26 @@ class Gateway:
             outbox=self._outbox,
             sweeper=self._sweeper,
             upstreams=self.upstreams,
+            floodgate=self.floodgate,
+            overrides=self.overrides,
         )
         return Proxy(
             Steps(
                 routes=RouteTable.compile(settings.routes),
+                floodgate=self.floodgate,
                 identity=self._identity,
                 policies=PolicySet.compile(settings),
+                overrides=self.overrides,
                 admission=self.admission,
                 sessions=Sessions(self.redis, _session_rules(settings)),
                 upstreams=self.upstreams,
                 metrics=self.metrics,
                 access_log=self._access_log,
                 trusted_proxies=settings.listen.trusted_proxies,
+                noted_headers=frozenset(name.encode() for name in headers_needed(settings)),
                 client_idle_ms=settings.listen.client_idle_ms,
                 via=settings.listen.via,
+                limit_headers=settings.limits.headers,
             )
         )
 
@@ -180,12 +205,22 @@ class Gateway:
             except StoreUnavailable as exc:
                 log.warning("schema not migrated yet", error=str(exc))
                 await asyncio.sleep(RESTART_PAUSE_S)
+            except ConfigError:
+                self._schema_judged.set()
+                raise
+        self._schema_judged.set()
         await asyncio.Event().wait()
+
+    async def _follow_overrides(self) -> None:
+        # Before the first migration there is nothing to read them from.
+        await self._schema_judged.wait()
+        await self.overrides.run()
 
     def _announcements_may_be_missed(self) -> None:
         if self._identity is not None:
             self._identity.drop_all()
         self._accounts.refresh_all()
+        self.overrides.refresh_all()
 
     async def _fetch(self, url: str) -> bytes:
         return await self.upstreams.fetch(url, timeout_ms=BACKGROUND_TIMEOUT_MS, bytes_max=JWKS_BYTES_MAX)
@@ -202,6 +237,8 @@ class Gateway:
                 raise StoreUnavailable(str(exc)) from exc
             if todo:
                 raise StoreUnavailable(f"{len(todo)} migrations are pending")
+            if self.overrides.trouble is not None:
+                raise StoreUnavailable(self.overrides.trouble)
             return "answers, schema is current"
 
         def ask_upstream(name: str) -> Callable[[], Awaitable[str]]:
@@ -280,6 +317,13 @@ def _session_rules(settings: Settings) -> session.Rules:
         absolute_ttl_ms=rules.absolute_ttl_ms,
         per_org_max=rules.per_org_max,
         signing_key=rules.signing_key,
+    )
+
+
+def _floodgate_rules(settings: Settings) -> floodgate.Rules:
+    rules = settings.unauthenticated
+    return floodgate.Rules(
+        failures=rules.failures, window_ms=rules.window_ms, burst=rules.burst, networks_max=rules.networks_max
     )
 
 

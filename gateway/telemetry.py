@@ -9,7 +9,7 @@ import sys
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import accumulate
@@ -42,11 +42,26 @@ class Record:
     user_id: str | None = None
     key_id: str | None = None
     plan: str | None = None
+    policy: str | None = None
     source: str | None = None
     session_digest: str | None = None
     turn: int | None = None
+    #: Its record was there when the request was judged; None where no limit counts sessions.
+    session_known: bool | None = None
+    #: What the answer said, else what the request asked for.
     model: str | None = None
+    #: What the request asked for, where the answer said something else; empty: nothing.
+    requested_model: str | None = None
     stream: bool | None = None
+    #: Fields and claims that some limit depends on, as far as the request has them.
+    headers: dict[str, str] | None = None
+    claims: Mapping[str, str] | None = None
+    #: What the org had instead of its policy's limits, by name.
+    overrides: Mapping[str, int] | None = None
+    #: The size of the body, where it was known when the request was judged; of one that was read (`stream` is not None)
+    #: the largest of its max-token fields.
+    body_bytes: int | None = None
+    max_output_tokens: int | None = None
     status: int = 0
     #: `admitted`, or the code of the refusal or failure.
     decision: str = "none"
@@ -59,6 +74,15 @@ class Record:
     available_ucredits: int | None = None
     #: For a refusal: the limit that denied.
     limit: str | None = None
+    #: Every limit that was judged: name, cost, used before, limit; and `retry_ms` where it did not fit, `shadow`,
+    #: `warned`, `subject`, `actual` once it was settled; `denied_at_us` where the denial was remembered.
+    limits: list[dict[str, Any]] = field(default_factory=list)
+    #: Redis's time of the admission or refusal, and of the settlement, in us since 1970; and of the limits that no org
+    #: owns, which are asked first. Of a remembered denial it is reckoned.
+    judged_at_us: int | None = None
+    settled_at_us: int | None = None
+    shared_judged_at_us: int | None = None
+    shared_settled_at_us: int | None = None
     response_bytes: int = 0
     #: Of a WebSocket: what passed, the code of the first close frame, and why the gateway ended it, if it did.
     messages_in: int | None = None
@@ -89,6 +113,7 @@ class Metrics(Collector):
         self._outcomes: Counter[tuple[str, str]] = Counter()
         self._charged_ucredits: Counter[str] = Counter()
         self._tokens: Counter[tuple[str, str]] = Counter()
+        self._limits: Counter[tuple[str, str]] = Counter()
         self._phases: dict[str, _Distribution] = {}
         self.registry.register(self)
 
@@ -110,6 +135,11 @@ class Metrics(Collector):
             if distribution is None:
                 distribution = self._phases[phase] = _Distribution()
             distribution.add(elapsed_ms / 1000)
+        for judged in record.limits:
+            if "retry_ms" in judged:
+                self._limits[judged["name"], "would_refuse" if "shadow" in judged else "refused"] += 1
+            elif "warned" in judged:
+                self._limits[judged["name"], "warned"] += 1
         if record.outcome is not None:
             self._outcomes[record.outcome, record.basis or "none"] += 1
         if record.plan is not None:
@@ -131,6 +161,11 @@ class Metrics(Collector):
             "gateway_outcomes", "Admitted requests, by how they ended.", labels=("outcome", "basis")
         )
         charged = CounterMetricFamily("gateway_charged_ucredits", "Micro-credits charged, by plan.", labels=("plan",))
+        limits = CounterMetricFamily(
+            "gateway_limit_verdicts",
+            "Limits that did not fit, would not have if they were no shadows, or were nearly used up.",
+            labels=("limit", "verdict"),
+        )
         tokens = CounterMetricFamily(
             "gateway_tokens", "Tokens metered, by plan and direction.", labels=("plan", "direction")
         )
@@ -142,6 +177,8 @@ class Metrics(Collector):
             charged.add_metric((plan,), ucredits)
         for direction, count in self._tokens.items():
             tokens.add_metric(direction, count)
+        for verdict, count in self._limits.items():
+            limits.add_metric(verdict, count)
         phases = HistogramMetricFamily(
             "gateway_phase_seconds",
             "Seconds from the request's head to the end of each phase of the walk.",
@@ -149,7 +186,7 @@ class Metrics(Collector):
         )
         for phase, distribution in self._phases.items():
             phases.add_metric((phase,), distribution.buckets(), distribution.sum_s)
-        yield from (requests, phases, outcomes, charged, tokens)
+        yield from (requests, phases, outcomes, charged, tokens, limits)
 
 
 class _Distribution:
@@ -211,17 +248,30 @@ def _fields(record: Record) -> dict[str, Any]:
         "status": record.status,
         "decision": record.decision,
         "limit": record.limit,
+        "limits": record.limits or None,
+        "judged_at_us": record.judged_at_us,
+        "settled_at_us": record.settled_at_us,
+        "shared_judged_at_us": record.shared_judged_at_us,
+        "shared_settled_at_us": record.shared_settled_at_us,
         "outcome": record.outcome,
         "org": record.org_id,
         "user": record.user_id,
         "key": record.key_id,
         "plan": record.plan,
+        "policy": record.policy,
         "identity": record.source,
         "client_ip": record.client_ip,
         "session": record.session_digest,
         "turn": record.turn,
+        "session_known": record.session_known,
+        "headers": record.headers or None,
+        "claims": record.claims or None,
+        "overrides": record.overrides or None,
         "model": record.model,
+        "requested_model": record.requested_model,
         "stream": record.stream,
+        "body_bytes": record.body_bytes,
+        "max_output_tokens": record.max_output_tokens,
         "input_tokens": record.input_tokens,
         "output_tokens": record.output_tokens,
         "charged_ucredits": record.charged_ucredits,

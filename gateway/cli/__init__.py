@@ -12,12 +12,13 @@ import uvloop
 from typer.core import TyperGroup
 
 from gateway import __version__
-from gateway.cli import credits, keys, orgs
+from gateway.cli import credits, keys, limits, orgs
 from gateway.cli.check import check
 from gateway.cli.doctor import doctor
 from gateway.cli.invocation import Invocation, invocation
 from gateway.cli.migrate import migrate
 from gateway.cli.output import complain, remark
+from gateway.cli.replay import replay
 from gateway.cli.run import run
 from gateway.cli.serve import serve
 from gateway.errors import ConfigError, GatewayError, StoreUnavailable
@@ -100,9 +101,11 @@ def serve_command(ctx: typer.Context) -> None:
 app.command()(check)
 app.command()(doctor)
 app.command()(migrate)
+app.command()(replay)
 app.add_typer(orgs.app, name="orgs")
 app.add_typer(keys.app, name="keys")
 app.add_typer(credits.app, name="credits")
+app.add_typer(limits.app, name="limits")
 
 
 def main() -> None:

@@ -5,7 +5,9 @@ from functools import partial
 from operator import attrgetter
 
 from gateway.admission import Admission, Settling
+from gateway.floodgate import Floodgate
 from gateway.ledger import Outbox, Sweeper
+from gateway.overrides import Overrides
 from gateway.telemetry import Metrics
 from gateway.upstream import Upstreams, UpstreamStats
 
@@ -18,6 +20,8 @@ def watch_gauges(
     outbox: Outbox,
     sweeper: Sweeper,
     upstreams: Upstreams,
+    floodgate: Floodgate,
+    overrides: Overrides,
 ) -> None:
     """Every scrape of `metrics` shows these rooms as they are at that moment."""
     watch = metrics.watch
@@ -25,6 +29,9 @@ def watch_gauges(
     watch("gateway_settle_backlog", "Settles no store could take yet.", lambda: settling.backlog_count)
     watch("gateway_outbox_posted", "Ledger entries posted by this process.", lambda: outbox.posted_count)
     watch("gateway_holds_swept", "Holds of lost gateways ended.", lambda: sweeper.swept_count)
+    text = "Client networks whose failures are remembered."
+    watch("gateway_unauthenticated_networks", text, lambda: floodgate.networks_count)
+    watch("gateway_limit_overrides", "Limits that apply to one org only.", lambda: overrides.count)
     for name in upstreams.stats():
         _watch_upstream(metrics, upstreams, name)
 

@@ -41,6 +41,7 @@ class Proxy:
             if client.left:
                 record.status, record.decision = ClientLeft.status, ClientLeft.code
             record.response_bytes = client.sent_bytes
+            walk.note_limits()
             self._steps.access_log.write(record)
             self._steps.metrics.observe(record)
 

@@ -1,11 +1,13 @@
 """An admitted request on its way to the upstream and its answer on the way back: forward, meter, settle."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterable, AsyncIterator
 
 from gateway import charge, headers
 from gateway.admission import Hold
 from gateway.config import Route
+from gateway.dialects import ratelimit
 from gateway.downstream import Client
 from gateway.errors import ClientLeft
 from gateway.identity import Identified
@@ -175,6 +177,8 @@ class Passage:
             added.append((b"x-session-id", self._session.session_id.encode()))
         if self._steps.via is not None:
             added.append(headers.via(self._steps.via, answer.http_version))
+        if self._steps.limit_headers:
+            added += limit_fields(self._hold, self._route, answer)
         return added
 
     def _settle(self, outcome: Outcome, meter: Meter | None, peek: Peek | None) -> None:
@@ -191,7 +195,8 @@ class Passage:
         record.decision = "admitted"
         if usage is not None:
             record.input_tokens, record.output_tokens = usage.input_tokens, usage.output_tokens
-            record.model = usage.model or record.model
+            if usage.model and usage.model != record.model:
+                record.requested_model, record.model = record.model or "", usage.model
         hold.meta = {
             "request_id": record.request_id,
             "route": record.route,
@@ -206,3 +211,15 @@ class Passage:
         if self._session is not None and outcome is not Outcome.NEVER_REACHED:
             tokens = usage.total_tokens if usage else 0
             self._steps.sessions.remember(principal, self._session, tokens, record.model)
+
+
+def limit_fields(hold: Hold, route: Route, answer: Answer) -> list[Field]:
+    """What an admitted client is told about its limits, less what the upstream says of its own in the same fields.
+
+    What is left of limits that all orgs share would tell each of them what the others do; one that refuses is named.
+    """
+    states = hold.states
+    if not states:
+        return []
+    said = ratelimit.fields(states, route.dialect, time.time()) + ratelimit.warning(states)
+    return ratelimit.beside(said, answer.headers)

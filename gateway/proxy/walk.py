@@ -8,15 +8,21 @@ answer has been sent; after that the connection is cut, never ended as if the an
 """
 
 import asyncio
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 
 import structlog
 
 from gateway import keys, policy, websocket
+from gateway.admission import Hold
 from gateway.config import MethodMismatch, Route
 from gateway.dialects import DIALECTS
 from gateway.downstream import Client, too_large
-from gateway.errors import BadRequest, ClientLeft, GatewayError, MethodNotAllowed, UnknownRoute
+from gateway.errors import BadRequest, ClientLeft, GatewayError, MethodNotAllowed, Unauthenticated, UnknownRoute
+from gateway.identity import Identified
 from gateway.policy import CompiledPolicy
+from gateway.proxy.noting import note_limits
 from gateway.proxy.passage import Body, Passage
 from gateway.proxy.steps import Steps
 from gateway.proxy.websocket import WebSocketPassage
@@ -38,6 +44,7 @@ class Walk:
         self._record = record
         self._dialect = DIALECTS["problem"]
         self._passage: Passage | None = None
+        self._hold: Hold | None = None
         self._ended_by: GatewayError | None = None
         self._task = asyncio.current_task()
 
@@ -46,6 +53,11 @@ class Walk:
         if self._ended_by is None and self._task is not None:
             self._ended_by = error
             self._task.cancel()
+
+    def note_limits(self) -> None:
+        """The record says how each limit was judged, and what it was given in the end."""
+        if self._hold is not None:
+            note_limits(self._record, self._hold)
 
     async def go(self) -> None:
         """The client has its answer, or its connection is to be cut. Raises only CancelledError."""
@@ -73,13 +85,15 @@ class Walk:
 
     async def _handle(self) -> Refusal | None:
         steps, facts, record = self._steps, self._facts, self._record
-        route = self._route()
-        identified = await steps.identity.identify(facts)
+        if (refusal := self._flooding()) is not None:
+            return refusal
+        route, identified = await self._identify()
         principal = identified.principal
         self._note_principal(principal)
         rules = steps.policies.plan(principal.plan)
         if rules is None:
             return policy.unknown_plan(principal.plan)
+        record.policy = rules.name
         opens = websocket.is_handshake(facts.headers)
         if opens:
             if (refusal := self._refused_handshake(route)) is not None:
@@ -88,24 +102,49 @@ class Walk:
         else:
             body, peek = await self._read(route, rules)
         named = steps.sessions.name(facts, self._hold_id)
-        demands = policy.demands(rules, principal, facts, peek, named.session_id if named else None)
+        overrides = steps.overrides.of(principal.org_id)
+        session = keys.digest(named.session_id) if named else None
+        self._note_asking(principal, overrides, session)
+        asking = policy.Asking(principal, facts, route, peek, session, overrides)
+        demands = policy.demands(rules, asking)
         if (oversized := policy.never_fits(demands)) is not None:
             return policy.request_exceeds_limit(oversized)
         # Asked now so that it leaves with the admission, in one write.
         found = steps.sessions.begin(principal, named) if named else None
-        async with steps.admission.hold(self._hold_id, principal, demands, rules.price_ucredits) as verdict:
+        holding = steps.admission.hold(self._hold_id, principal, demands, rules.price_ucredits)
+        self._hold = holding.hold
+        async with holding as verdict:
             record.phase("admit")
             if isinstance(verdict, Refusal):
                 return verdict
             record.hold_id, record.available_ucredits = self._hold_id, verdict.available_ucredits
-            session: Session | None = None
+            talk: Session | None = None
             if named is not None:
-                session = await steps.sessions.attach(principal, named, found)
-                record.session_digest, record.turn = keys.digest(named.session_id), session.turn
+                talk = await steps.sessions.attach(principal, named, found)
+                record.turn = talk.turn
             passage = WebSocketPassage if opens else Passage
-            self._passage = passage(steps, self._client, facts, route, identified, verdict, session, record)
+            self._passage = passage(steps, self._client, facts, route, identified, verdict, talk, record)
             await self._passage.through(body, peek)
         return None
+
+    def _flooding(self) -> Refusal | None:
+        """Whose network has failed too often is not asked who it is, unless its credential is known already."""
+        refusal = self._steps.floodgate.refusal(self._facts.client_ip)
+        if refusal is None or self._steps.identity.remembers(self._facts):
+            return None
+        with suppress(GatewayError):
+            self._route()  # for its dialect; nobody is told now what is wrong with it
+        return refusal
+
+    async def _identify(self) -> tuple[Route, Identified]:
+        """Where it goes and who asks. Who is refused here is nobody's, and its network answers for it."""
+        try:
+            return self._route(), await self._steps.identity.identify(self._facts)
+        except (BadRequest, MethodNotAllowed, Unauthenticated, UnknownRoute, asyncio.CancelledError):
+            # Leaving before the answer is no way out: the stores have been asked all the same.
+            if not self._steps.identity.remembers(self._facts):
+                self._steps.floodgate.failed(self._facts.client_ip)
+            raise
 
     def _route(self) -> Route:
         route = self._steps.routes.match(self._facts.method, self._facts.target)
@@ -128,6 +167,21 @@ class Walk:
         record.plan, record.source = principal.plan, principal.source
         record.phase("identify")
 
+    def _note_asking(self, principal: Principal, overrides: Mapping[str, int], session: str | None) -> None:
+        """With this the log says all that a limit may depend on."""
+        record, noted = self._record, self._steps.noted_headers
+        record.session_digest = session
+        if principal.claims:
+            record.claims = principal.claims
+        if overrides:
+            record.overrides = overrides
+        if noted:
+            fields = {name: value for name, value in reversed(self._facts.headers) if name in noted}
+            record.headers = {
+                name.decode("latin-1"): value.decode("latin-1")[: policy.VALUE_CHARS_MAX]
+                for name, value in fields.items()
+            }
+
     async def _read(self, route: Route, rules: CompiledPolicy) -> tuple[Body, Peek | None]:
         """The body, buffered where a limit must know what it asks for, and what it says; else as it comes."""
         facts = self._facts
@@ -135,16 +189,18 @@ class Walk:
         if length is not None and length.isdigit() and int(length) > route.body_bytes_max:
             raise too_large(route.body_bytes_max)
         format = READERS.get(route.usage or "none")
-        if format is not None and policy.needs_peek(rules):
+        if format is not None and policy.needs_peek(rules, route):
             body = await self._client.whole_body(route.body_bytes_max)
             return body, self._note_peek(format.peek(body))
         if length is None and facts.header(b"transfer-encoding") is None:
             return None, None if format is None else Peek(0)
         arrived = await self._client.arrived()
         if arrived is None:
+            self._record.body_bytes = None if length is None else int(length)
             return self._client.body(route.body_bytes_max), None if format is None else Peek(int(length or 0))
         if len(arrived) > route.body_bytes_max:
             raise too_large(route.body_bytes_max)
+        self._record.body_bytes = len(arrived)
         if format is None:
             return arrived, None
         try:
@@ -154,7 +210,9 @@ class Walk:
             return arrived, Peek(len(arrived))
 
     def _note_peek(self, peek: Peek) -> Peek:
-        self._record.model, self._record.stream = peek.model, peek.stream
+        record = self._record
+        record.model, record.stream = peek.model, peek.stream
+        record.body_bytes, record.max_output_tokens = peek.body_bytes, peek.max_output_tokens
         return peek
 
     async def _tell(self, refusal: Refusal) -> None:
@@ -162,6 +220,8 @@ class Walk:
         client = self._client
         try:
             if not client.started:
+                if refusal.limits and not self._steps.limit_headers:
+                    refusal = replace(refusal, limits=())
                 rendered = self._dialect.render(refusal, self._record.request_id)
                 self._record.status = rendered.status
                 await client.start(rendered.status, rendered.headers)

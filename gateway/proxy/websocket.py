@@ -64,8 +64,9 @@ class WebSocketPassage(Passage):
         principal = self._hold.principal
         rules = self._steps.policies.plan(principal.plan)
         assert rules is not None  # the connection was admitted under it
-        session_id = None if self._session is None else self._session.session_id
-        demands = policy.message_demands(rules, principal, session_id)
+        overrides = self._steps.overrides.of(principal.org_id)
+        asking = policy.Asking(principal, self._facts, self._route, None, self._record.session_digest, overrides)
+        demands = policy.message_demands(rules, asking)
         hold_id = f"{self._hold.hold_id}:{message.number}"
         admission = self._steps.admission
         async with admission.hold(hold_id, principal, demands, rules.per_message_ucredits) as verdict:

@@ -48,6 +48,9 @@ plans: {{ pro: {{ credits: 1000, policy: pro }} }}
 routes: {routes}
 credits: {{ lease: {lease}, heartbeat: {heartbeat}, sweep: 200ms, flush: 50ms }}
 sessions: {{ signing_key: "{signing_key}" }}
+unauthenticated: {unauthenticated}
+shared_limits: {shared_limits}
+limits: {limit_rules}
 log: {{ format: json, level: warning }}
 policies: policies/
 """
@@ -111,6 +114,10 @@ class House:
             "lease": "30s",
             "heartbeat": "10s",
             "signing_key": "",
+            # Many tests are about nothing but requests that are refused.
+            "unauthenticated": "{ failures: 0 }",
+            "shared_limits": "[]",
+            "limit_rules": "{}",
             "trusted": "[]",
             "redis": self.redis_url,
             "postgres": self.database_url,

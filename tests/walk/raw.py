@@ -65,7 +65,7 @@ async def upstream(script: Script) -> AsyncIterator[Upstream]:
             tasks.discard(task)
             writer.transport.abort()
 
-    listening = await asyncio.start_server(visit, "127.0.0.1", 0)
+    listening = await asyncio.start_server(visit, "127.0.0.1", 0, backlog=4_096)
     scripted.url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
     try:
         yield scripted
