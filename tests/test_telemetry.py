@@ -78,7 +78,27 @@ def test_every_metric_is_named_before_the_first_request() -> None:
         ("gateway_outcomes", "counter"),
         ("gateway_charged_ucredits", "counter"),
         ("gateway_tokens", "counter"),
+        ("gateway_limit_verdicts", "counter"),
     }
+
+
+def test_verdicts_of_limits_are_counted_by_name() -> None:
+    metrics = Metrics()
+    judged = [
+        {"name": "rpm", "cost": 1, "used": 9, "limit": 10, "warned": True},
+        {"name": "tpm", "cost": 5, "used": 9, "limit": 10, "retry_ms": 70},
+        {"name": "tried", "cost": 1, "used": 1, "limit": 1, "retry_ms": 70, "shadow": True},
+        {"name": "quiet", "cost": 1, "used": 0, "limit": 10},
+    ]
+    metrics.observe(record(limits=judged))
+    families = text_string_to_metric_families(prometheus_client.generate_latest(metrics.registry).decode())
+    counted = {
+        (sample.labels["limit"], sample.labels["verdict"]): sample.value
+        for family in families
+        if family.name == "gateway_limit_verdicts"
+        for sample in family.samples
+    }
+    assert counted == {("rpm", "warned"): 1, ("tpm", "refused"): 1, ("tried", "would_refuse"): 1}
 
 
 async def test_an_access_line_says_when_the_request_ended() -> None:

@@ -333,7 +333,8 @@ async def test_what_the_sweeper_charged_too_much_cannot_be_spent_twice(house: Ho
     await house.outbox.flush()
     await context.__aexit__(None, None, None)  # released: the upstream never saw it
     house.outbox.mark(ORG)
-    await post(house.postgres, [item.entry for item in await house.outbox._read([ORG], 10)])
+    found, _ = await house.outbox._read([ORG], 10)
+    await post(house.postgres, [item.entry for item in found])
     house.accounts.on_notification(ORG)
     assert house.accounts._refreshing is not None
     await house.accounts._refreshing

@@ -31,8 +31,8 @@ ROUTES_CONFIGURED = """
 """
 PLANS = "plans: { pro: { credits: 1000, policy: pro } }"
 PLANS_TOO = "plans: { pro: { credits: 1000, policy: pro }, counted: { credits: 1000, policy: counted } }"
-#: Of what is taken all is back within the same millisecond, so that no request meets the traces of another one. What
-#: is in shadow would tell of the ones before.
+#: Of what is taken all is back within a millisecond, and each request has a session of its own, so that none meets the
+#: traces of another one. What is in shadow would tell of the ones before.
 LIMITS: list[dict[str, Any]] = [
     {"name": "tried-out", "count": "requests", "limit": 1, "window": "1h", "shadow": True, "warn_at": 0.01},
     {
@@ -43,8 +43,17 @@ LIMITS: list[dict[str, Any]] = [
         "burst": 4,
         "window": "1s",
         "warn_at": 0.25,
+        "per": "session",
     },
-    {"name": "credits", "count": "credits", "algorithm": "gcra", "limit": 1_000_000, "burst": 100, "window": "1s"},
+    {
+        "name": "credits",
+        "count": "credits",
+        "algorithm": "gcra",
+        "limit": 1_000_000,
+        "burst": 100,
+        "window": "1s",
+        "per": "session",
+    },
 ]
 #: Tokens are limited here, so the body is read before it is forwarded.
 COUNTED = """
