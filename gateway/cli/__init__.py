@@ -15,6 +15,7 @@ from gateway import __version__
 from gateway.cli import credits, keys, limits, orgs
 from gateway.cli.check import check
 from gateway.cli.doctor import doctor
+from gateway.cli.explain import explain
 from gateway.cli.invocation import Invocation, invocation
 from gateway.cli.migrate import migrate
 from gateway.cli.output import complain, remark
@@ -101,6 +102,7 @@ def serve_command(ctx: typer.Context) -> None:
 app.command()(check)
 app.command()(doctor)
 app.command()(migrate)
+app.command()(explain)
 app.command()(replay)
 app.add_typer(orgs.app, name="orgs")
 app.add_typer(keys.app, name="keys")

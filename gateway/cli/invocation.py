@@ -17,7 +17,7 @@ import typer
 from gateway.config import Settings, Stores, Upstream, load
 from gateway.errors import ConfigError, GatewayError
 from gateway.ledger import pending
-from gateway.stores import Postgres
+from gateway.stores import Postgres, Redis
 from gateway.telemetry import configure_logging
 
 #: Beside the configuration; written by `gateway run` while it runs.
@@ -25,6 +25,7 @@ RUN_FILE = Path(".gateway") / "run.json"
 _RUN_FILE_BYTES_MAX = 64 * 1024
 #: A person waits longer than a request may.
 LEDGER_TIMEOUT_MS = 5_000
+REDIS_TIMEOUT_MS = 1_000
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 OrgArgument = Annotated[str, typer.Argument(metavar="ORG", help="Id of the organization.", show_default=False)]
@@ -135,6 +136,19 @@ async def open_ledger(invoked: Invocation, *, migrated: bool = True) -> AsyncIte
         yield Ledger(postgres, settings)
     finally:
         await postgres.close()
+
+
+@asynccontextmanager
+async def open_redis(settings: Settings) -> AsyncIterator[Redis]:
+    """The configured Redis is being connected to. Raises NothingRuns when it is the embedded one and does not run."""
+    if settings.stores.redis == "embedded":
+        raise NothingRuns
+    redis = Redis(settings.stores.redis, timeout_ms=REDIS_TIMEOUT_MS, connect_timeout_ms=REDIS_TIMEOUT_MS)
+    redis.start()
+    try:
+        yield redis
+    finally:
+        await redis.close()
 
 
 async def _require_schema(postgres: Postgres) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from gateway.cli.invocation import Invocation, JsonOption, Ledger, OrgArgument, invocation, open_ledger
+from gateway.cli.limits_show import show
 from gateway.cli.output import console, emit_json, format_time, remark, say, table
 from gateway.config.problems import suggest
 from gateway.ledger.orgs import list_orgs
@@ -19,7 +20,10 @@ LimitArgument = Annotated[
     str, typer.Argument(metavar="LIMIT", help="A limit's name in the policies.", show_default=False)
 ]
 
-app = typer.Typer(no_args_is_help=True, help="Overrides of limits for one organization: set, unset, list.")
+app = typer.Typer(
+    no_args_is_help=True, help="Limits of one organization: show what is used; overrides: set, unset, list."
+)
+app.command()(show)
 
 
 @app.command("set")

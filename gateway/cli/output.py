@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gateway.config import format_duration
 from gateway.types import UCREDITS_PER_CREDIT
 
 #: Into a pipe or a file there is no screen to fit, and a wrapped id is useless.
@@ -72,3 +73,10 @@ def format_credits(ucredits: int | None) -> str:
 def format_time(moment: datetime | None) -> str:
     """UTC to the second; `-` for none."""
     return "-" if moment is None else moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def format_ms(ms: int) -> str:
+    """To the tenth of a second; whole minutes and more as durations are written: `12.3s`, `2m`, `3h`."""
+    if ms < 60_000:
+        return f"{ms / 1000:.1f}s"
+    return format_duration(ms // 60_000 * 60_000)

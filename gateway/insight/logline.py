@@ -4,6 +4,7 @@ import gzip
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
 from io import BufferedReader
@@ -148,8 +149,7 @@ def read(paths: Iterable[str], reading: Reading) -> Iterator[tuple[bytes, Line]]
     Raises OSError for a file that cannot be opened.
     """
     for path in paths:
-        file = sys.stdin.buffer if path == STDIN else open(path, "rb")
-        with file:
+        with nullcontext(sys.stdin.buffer) if path == STDIN else open(path, "rb") as file:
             for number, text in enumerate(_lines(file, path, reading), 1):
                 line = _decoded(text, f"{path}:{number}", reading) if text.strip() else None
                 if line is not None:
@@ -193,7 +193,6 @@ def _lines(file: BinaryIO, path: str, reading: Reading) -> Iterator[bytes]:
 
 
 def _unpacked(file: BinaryIO) -> BinaryIO:
-    buffered = cast(BufferedReader, file)
-    if buffered.peek(2)[:2] == _GZIP:
+    if isinstance(file, BufferedReader) and file.peek(2)[:2] == _GZIP:
         return cast(BinaryIO, gzip.GzipFile(fileobj=file))
     return file

@@ -22,7 +22,7 @@ from gateway.insight.asking import Askings
 from gateway.insight.logline import Line, decode
 from gateway.insight.order import Placed
 from gateway.insight.tally import ADMITTED, BEFORE, CREDITS, LIMITED, OVERSIZED, Tally, then
-from gateway.insight.world import Found, World, refused_by
+from gateway.insight.world import Found, Key, World, refused_by
 from gateway.policy import Asking, CompiledPolicy, PolicySet
 from gateway.types import Charge, Demand, Outcome, Usage
 
@@ -31,6 +31,10 @@ _TOKEN_UNITS = ("tokens", "input_tokens", "output_tokens")
 _REMEMBERED_UNITS = ("requests", "sessions")
 
 _NO_TIME_US = 1 << 62
+#: Behind every line: what must come after all that Redis judged in the same microsecond.
+_LAST = 1 << 62
+#: Denials are remembered for 10 s at most; the ones noted here are looked through when there are so many.
+_DENIED_KEPT_US, _DENIED_MAX = 10_000_000, 100_000
 
 
 @dataclass(slots=True)
@@ -43,6 +47,8 @@ class _Request:
     rules: CompiledPolicy
     own: tuple[Demand, ...]
     shared: tuple[Demand, ...]
+    #: Of the line in the log; the counters know the request by it.
+    place: int
     holder: str
     session_known: bool
     #: What was found and taken, and when.
@@ -71,8 +77,9 @@ class Rerun:
         self._ahead: list[tuple[int, int, int, _Step, _Request]] = []
         self._scheduled = 0
         self._durations: dict[str, _Mean] = {}
-        #: The most that was ahead, and counters kept, at any time.
-        self.ahead_max = 0
+        #: When each counter has denied somebody last.
+        self._denied_us: dict[Key, int] = {}
+        self._denied_max = _DENIED_MAX
 
     def run(self, placed: Iterable[Placed]) -> None:
         """Every line, in its order, has been judged and has ended."""
@@ -83,7 +90,6 @@ class Rerun:
 
     def _until(self, at_us: int, place: int) -> None:
         ahead = self._ahead
-        self.ahead_max = max(self.ahead_max, len(ahead))
         while ahead and ahead[0][:2] < (at_us, place):
             now_us, _, _, step, request = heapq.heappop(ahead)
             step(self, now_us, request)
@@ -92,9 +98,11 @@ class Rerun:
         """`step` is done at `at_us`; at once when that is not later than now."""
         if at_us <= now_us:
             step(self, now_us, request)
-            return
+        else:
+            self._push(at_us, request.place, step, request)
+
+    def _push(self, at_us: int, place: int, step: _Step, request: _Request) -> None:
         self._scheduled += 1
-        place = int(request.holder, 16)
         heapq.heappush(self._ahead, (at_us, place, self._scheduled, step, request))
 
     def _begin(self, at_us: int, place: int, line: Line) -> None:
@@ -113,17 +121,17 @@ class Rerun:
         shared = tuple(demand for demand in demands if demand.limit.shared) if len(own) < len(demands) else ()
         session_known = line.session_known is True or (line.session_known is None and (line.turn or 0) > 1)
         request = _Request(
-            line, was, asking, rules, _enforced_first(own), _enforced_first(shared), f"{place:x}", session_known
+            line, was, asking, rules, _enforced_first(own), _enforced_first(shared), place, f"{place:x}", session_known
         )
         if was not in (CREDITS, BEFORE) and (oversized := policy.never_fits(demands)) is not None:
             tally.decided(line, was, OVERSIZED, oversized.limit, at_us)
         elif line.limits and line.limits[0].denied_at_us:
-            self._recall(at_us, request)
+            self._push(at_us, _LAST, Rerun._recall, request)
         else:
             self._first(at_us, request)
 
     def _recall(self, at_us: int, request: _Request) -> None:
-        """The request was answered from a denial that had been judged now: it is asked what that denial was for."""
+        """The request was answered with a denial that had been judged now. It stands if that one does."""
         line = request.line
         demands = {demand.limit.name: demand for demand in (*request.own, *request.shared) if not demand.limit.shadow}
         for judged in line.limits:
@@ -132,11 +140,11 @@ class Rerun:
                 owner = keys.SHARED if demand.limit.shared else request.asking.principal.org_id
                 (found,) = self._world.judge(owner, [replace(demand, cost=judged.cost)], at_us // 1000)
                 self.tally.compare(line, judged, found.used)
-                if found.retry_ms:
+                if self._denied_us.get(found.key) == at_us:
                     request.recalled = (*request.recalled, judged.name)
         next_us = min((judged.denied_at_us for judged in line.limits if judged.denied_at_us > at_us), default=None)
         if next_us is not None:
-            self._later(next_us, at_us, Rerun._recall, request)
+            self._push(next_us, _LAST, Rerun._recall, request)
         elif any(demands[name].limit.unit in _REMEMBERED_UNITS for name in request.recalled):
             denied = [judged for judged in line.limits if judged.name in request.recalled]
             longest = max(denied, key=lambda judged: judged.retry_ms)
@@ -151,7 +159,7 @@ class Rerun:
         if request.shared:
             found = self._judge(keys.SHARED, request.shared, at_us, request)
             if (denied := refused_by(found)) is not None:
-                self._refused(at_us, request, denied)
+                self._refused(at_us, request, denied, found)
                 return
             self._world.take(found, at_us // 1000, request.holder)
             request.shared_found, request.shared_at_us = found, at_us
@@ -164,7 +172,7 @@ class Rerun:
             self._give_back_shared(at_us, request)
         elif (denied := refused_by(found)) is not None:
             self._give_back_shared(at_us, request)
-            self._refused(at_us, request, denied)
+            self._refused(at_us, request, denied, found)
         else:
             self._world.take(found, at_us // 1000, request.holder)
             request.own_found, request.own_at_us = found, at_us
@@ -176,11 +184,19 @@ class Rerun:
             self.tally.judged(request.line, found, at_us)
         return found
 
-    def _refused(self, at_us: int, request: _Request, denied: Found) -> None:
+    def _refused(self, at_us: int, request: _Request, denied: Found, found: tuple[Found, ...]) -> None:
         if request.then in (CREDITS, BEFORE):
             self.tally.stays(request.line, request.then)
-        else:
-            self.tally.decided(request.line, request.then, LIMITED, denied.demand.limit, at_us)
+            return
+        self.tally.decided(request.line, request.then, LIMITED, denied.demand.limit, at_us)
+        for one in found:
+            if one.retry_ms:
+                self._denied_us[one.key] = at_us
+        if len(self._denied_us) > self._denied_max:
+            self._denied_us = {
+                key: known_us for key, known_us in self._denied_us.items() if known_us > at_us - _DENIED_KEPT_US
+            }
+            self._denied_max = max(_DENIED_MAX, 2 * len(self._denied_us))
 
     def _admitted(self, at_us: int, request: _Request) -> None:
         line, rules = request.line, request.rules

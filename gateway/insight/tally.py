@@ -191,36 +191,33 @@ class Tally:
         """What this run cannot know, or had to assume, in sentences."""
         unknown, decisions = self._unknown, self.decisions
         yield "Counters begin empty with the first line: what was used before it is not in the log."
-        sentences = {
-            "time": "{} requests had no limit and no price then, so Redis never judged them: the gateway's own clock "
-            "says when they came.",
-            "unsettled": "{} requests were settled after their line was written: they end here when their line ends.",
-            "body": "The body of {} requests was not read then, so nothing is known of their model and tokens: limits "
-            "that need it pass them by.",
-            "session": "Whether the session of {} requests was an old one is not in the log: they count as new, unless "
-            "they are in the window.",
-            "messages": "{} messages of WebSockets are not in the log: they take nothing of any limit here, and cost "
-            "what as many would if all were admitted.",
-            "cut": "{} requests ended while they were being admitted, or before: what they may have taken for a moment "
-            "is not in the log.",
+        counted = {
+            "Requests that had no limit and no price then, so that Redis never judged them: the gateway's clock says "
+            "when they came": unknown["time"],
+            "Requests that were settled after their line was written: they end here when their line ends": unknown[
+                "unsettled"
+            ],
+            "Requests whose body was not read then, so that nothing is known of their model and tokens: limits that "
+            "need it pass them by": unknown["body"],
+            "Requests of which the log does not say whether their session was an old one: they count as new, unless "
+            "they are in the window": unknown["session"],
+            "Messages of WebSockets, which are not in the log: they take nothing of any limit here, and cost what as "
+            "many would if all were admitted": unknown["messages"],
+            "Requests that ended while they were being admitted, or before: what they may have taken for a moment is "
+            "not in the log": unknown["cut"],
+            "Requests refused for want of credits, which stay so: balances are not in the log": decisions[
+                CREDITS, CREDITS
+            ],
+            "Requests that ended before their limits were asked, which stay so": decisions[BEFORE, BEFORE],
+            "Requests of a route or a plan that this configuration does not have, which are left out": sum(
+                count for (_, now), count in decisions.items() if now == FOREIGN
+            ),
+            "Requests that were refused then and fit now: they are taken to end as they were reserved, after as long "
+            "as others on their route took": sum(
+                count for (was, now), count in decisions.items() if now == ADMITTED != was
+            ),
         }
-        for name, sentence in sentences.items():
-            if unknown[name]:
-                yield sentence.format(unknown[name])
-        stayed = {
-            CREDITS: "{} requests were refused for want of credits and stay so: balances are not in the log.",
-            BEFORE: "{} requests ended before their limits were asked and stay so.",
-        }
-        for was, sentence in stayed.items():
-            if count := decisions[was, was]:
-                yield sentence.format(count)
-        if foreign := sum(count for (_, now), count in decisions.items() if now == FOREIGN):
-            yield f"{foreign} requests are of a route or a plan that this configuration does not have: left out."
-        if freed := sum(count for (was, now), count in decisions.items() if now == ADMITTED != was):
-            yield (
-                f"{freed} requests that were refused then fit now; they are taken to end as they were reserved, after "
-                "as long as others on their route took."
-            )
+        yield from (f"{sentence}: {count}." for sentence, count in counted.items() if count)
         for kind, seen in (("header", self._headers), ("claim", self._claims)):
             for name in sorted(name for name, count in seen.items() if not count):
                 yield (

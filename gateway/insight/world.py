@@ -11,7 +11,7 @@ from gateway.types import Charge, Demand, Limit
 _SWEEP_MIN = 10_000
 
 #: Whose it is, and `limits.counter_name`.
-_Key = tuple[str, str]
+Key = tuple[str, str]
 
 
 @dataclass(slots=True)
@@ -19,7 +19,7 @@ class Found:
     """One demand as it was judged."""
 
     demand: Demand
-    key: _Key
+    key: Key
     used: int
     #: 0: it fits.
     retry_ms: int
@@ -31,7 +31,7 @@ class World:
     """`judge` first, then `take` what fits, and `settle` it at the end. Times never go back for one owner."""
 
     def __init__(self) -> None:
-        self._counters: dict[_Key, tuple[Limit, limits.Counter]] = {}
+        self._counters: dict[Key, tuple[Limit, limits.Counter]] = {}
         self._sweep_at = _SWEEP_MIN
 
     def __len__(self) -> int:
@@ -69,7 +69,7 @@ class World:
                 actual = actual_of(demand, charge)
                 counter.settle(demand.limit, demand.cost, actual, taken_at_ms, now_ms, demand.member or holder)
 
-    def _counter(self, key: _Key, limit: Limit) -> limits.Counter:
+    def _counter(self, key: Key, limit: Limit) -> limits.Counter:
         known = self._counters.get(key)
         if known is None:
             known = self._counters[key] = (limit, limits.counter(limit))

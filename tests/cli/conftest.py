@@ -63,8 +63,8 @@ class CommandLine:
         assert old in text
         self.config.write_text(text.replace(old, new))
 
-    def __call__(self, *args: str) -> Said:
-        result = CliRunner().invoke(app, ["--config", str(self.config), *args], env=self._environment())
+    def __call__(self, *args: str, stdin: bytes | None = None) -> Said:
+        result = CliRunner().invoke(app, ["--config", str(self.config), *args], input=stdin, env=self._environment())
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         return Said(result.exit_code, result.stdout, result.stderr)

@@ -53,7 +53,7 @@ async def test_every_server_of_a_cluster_is_examined(shards: ClusterHandle) -> N
     assert says(found, "redis.topology") == ["cluster: 2 primaries, 2 replicas"]
     assert says(found, "redis.eviction") == ["all 4 servers: maxmemory-policy is noeviction"]
     [version] = says(found, "redis.version")
-    assert version.startswith(("all 4 servers: Valkey 9.", "all 4 servers: Redis 7."))
+    assert version.startswith(("all 4 servers: Valkey ", "all 4 servers: Redis "))
     assert len(says(found, "redis.role")) == 2
     assert says(found, "redis.scripts") and says(found, "redis.clock")
 

@@ -20,6 +20,8 @@ Line = Mapping[str, Any]
 _Event = tuple[int, int, int, Callable[[int], None]]
 _TOKENS = ("tokens", "input_tokens", "output_tokens")
 _CHAT = "POST /v1/chat/completions"
+#: Behind every line.
+LAST = 1 << 62
 
 
 class Hindsight:
@@ -35,6 +37,8 @@ class Hindsight:
         self.refused: Counter[tuple[str, str]] = Counter()
         self.oracles: dict[tuple[str, ...], Oracle] = {}
         self.durations: dict[str, list[int]] = {}
+        #: Who was denied what, and when: what a gateway may have remembered.
+        self.denials: set[tuple[int, Oracle]] = set()
         self.events: list[_Event] = []
         self.count = 0
         for place, line in enumerate(lines):
@@ -112,7 +116,7 @@ class Case:
         remembered = {one["denied_at_us"] for one in line.get("limits", ()) if "denied_at_us" in one}
         if remembered:
             for at_us in sorted(remembered):
-                self.all.at(at_us, self.place, self.recall)
+                self.all.at(at_us, LAST, self.recall)
         else:
             self.all.at(self.judged_us, self.place, self.judge_shared)
 
@@ -127,7 +131,7 @@ class Case:
         for one in named:
             limit = next((limit for limit in self.own + self.shared if limit.name == one["name"]), None)
             if one["denied_at_us"] == at_us and limit is not None:
-                if not self.fits(limit, one["cost"], at_us // 1000):
+                if (at_us, self.all.oracle(limit, self.line)) in self.all.denials:
                     self.denied.append(limit.name)
         if at_us == max(one["denied_at_us"] for one in named):
             denied = [one for one in named if one["name"] in self.denied]
@@ -176,6 +180,7 @@ class Case:
         elif not self.stays:
             longest = max(denied, key=lambda limit: self.retry_ms(limit, now_ms))
             self.end("rate_limit_exceeded", longest.name)
+            self.all.denials |= {(at_us, self.all.oracle(limit, self.line)) for limit in denied}
         return not denied
 
     @property
