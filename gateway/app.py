@@ -228,7 +228,8 @@ class Gateway:
     def _probes(self) -> tuple[Probe, ...]:
         async def ask_redis() -> str:
             await self.redis.call("PING")
-            return f"answers at {self.redis.address}"
+            part = f", but {self.redis.trouble}" if self.redis.trouble else ""
+            return f"answers at {self.redis.address}{part}"
 
         async def ask_postgres() -> str:
             try:

@@ -1,8 +1,9 @@
 """Which part of a cluster a key belongs to, and which server which part. Pure."""
 
-from binascii import crc_hqx
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from redis.crc import key_slot
 
 from gateway.redis_address import Place
 from gateway.stores.link import Command, Reply
@@ -24,13 +25,7 @@ class SlotRange:
 
 def slot_of(key: bytes | str | int) -> int:
     """The slot of a key, or of the part of it between the first { and the next }, if there is something between."""
-    data = key if isinstance(key, bytes) else str(key).encode()
-    start = data.find(b"{")
-    if start >= 0:
-        end = data.find(b"}", start)
-        if end > start + 1:
-            data = data[start + 1 : end]
-    return crc_hqx(data, 0) & (SLOTS - 1)
+    return key_slot(key if isinstance(key, bytes) else str(key).encode(), SLOTS)
 
 
 def slot_of_command(args: Command) -> int | None:

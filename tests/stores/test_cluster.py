@@ -15,7 +15,6 @@ from gateway.stores.cluster import Cluster
 from gateway.stores.slots import slot_of
 from tests.cluster import ClusterHandle, cluster
 from tests.stores.conftest import COUNT, ECHO, Connect
-from tests.stores.test_redis import Frozen
 from tests.waiting import until
 
 TWO_KEYS = Script("two", "return redis.call('INCR', KEYS[1]) + redis.call('INCR', KEYS[2])")
@@ -147,6 +146,18 @@ async def test_a_command_that_timed_out_is_not_sent_again(handle: ClusterHandle,
     assert await store.call("GET", key) == b"1"
 
 
+async def test_a_reconnect_that_has_just_begun_is_waited_for(handle: ClusterHandle, store: Redis) -> None:
+    key = handle.key_of(handle.nodes[0])
+    assert isinstance(store._servers, Cluster)
+    node = store._servers._owners[slot_of(key)]
+    assert node is not None and node.link is not None
+    lost = node.link
+    lost.abort()
+    while not lost.lost:
+        await asyncio.sleep(0)
+    assert await asyncio.gather(*(store.run(COUNT, [key], [1]) for _ in range(3))) == [1, 2, 3]
+
+
 async def test_one_server_that_answers_is_enough_to_find_the_others(
     handle: ClusterHandle, connect: Connect, unused_tcp_port: int
 ) -> None:
@@ -222,6 +233,9 @@ async def test_a_planned_failover_loses_no_command(doomed: ClusterHandle, connec
 
     await until(replaced)
     assert await store.run(COUNT, [key], [1]) == count + 1
+    servers = store._servers
+    assert isinstance(servers, Cluster)
+    await until(lambda: {("127.0.0.1", doomed.owner(slot).port) for slot in (0, 8000, 16383)} == servers._nodes.keys())
 
 
 async def test_a_cluster_that_is_down_is_an_outage_and_nothing_ran(connect: Connect) -> None:
@@ -261,52 +275,3 @@ async def test_a_server_that_is_no_cluster_says_so(redis_url: str) -> None:
     with pytest.raises(StoreUnavailable, match="cluster support disabled"):
         await redis.call("PING")
     await redis.close()
-
-
-# Servers that answer as it pleases the test
-
-
-class Contrary(Frozen):
-    """A cluster of one server, which says of every key that another has it: itself."""
-
-    def __init__(self, says: str = "MOVED") -> None:
-        super().__init__()
-        self.says = says
-
-    async def say(self, writer: asyncio.StreamWriter, data: bytes) -> None:
-        port = int(self.url.rpartition(":")[2])
-        answers = {
-            b"CLUSTER": f"*1\r\n*3\r\n:0\r\n:16383\r\n*2\r\n$9\r\n127.0.0.1\r\n:{port}\r\n",
-            b"PING": "+PONG\r\n",
-            b"ASKING": "+OK\r\n",
-            b"GET": f"-{self.says} 7 127.0.0.1:{port}\r\n",
-        }
-        for word in data.split():
-            writer.write(answers.get(word, "").encode())
-
-
-@pytest.mark.parametrize("says", ["MOVED", "ASK"])
-async def test_a_command_is_sent_on_once_however_often_it_is_told_to(says: str) -> None:
-    async with Contrary(says) as server:
-        redis = Redis(server.url.replace("redis:", "redis+cluster:"), timeout_ms=1_000, connect_timeout_ms=1_000)
-        redis.start()
-        with pytest.raises(StoreUnavailable, match=says) as caught:
-            await redis.call("GET", "x")
-        assert not caught.value.ambiguous
-        assert server.received.count(b"GET") == 2
-        assert server.received.count(b"ASKING") == (says == "ASK")
-        assert isinstance(redis._servers, Cluster) and redis._servers._followed == {}
-        await redis.close()
-
-
-async def test_the_map_is_not_asked_for_with_every_command_that_moved() -> None:
-    async with Contrary() as server:
-        redis = Redis(server.url.replace("redis:", "redis+cluster:"), timeout_ms=1_000, connect_timeout_ms=1_000)
-        redis.start()
-        await redis.connected()
-        for _ in range(200):
-            with contextlib.suppress(StoreUnavailable):
-                await redis.call("GET", "x")
-        assert server.received.count(b"GET") == 400
-        assert server.received.count(b"SLOTS") < 20
-        await redis.close()

@@ -28,14 +28,15 @@ async def store(redis_url: str) -> AsyncIterator[Redis]:
 class Frozen:
     """A server that accepts and never says a word; what it got is in `received`."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
+        self._port = port
         self.received = b""
         self.connections = 0
         self.open = 0
         self.writers: list[asyncio.StreamWriter] = []
 
     async def __aenter__(self) -> "Frozen":
-        self.server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.server = await asyncio.start_server(self._serve, "127.0.0.1", self._port)
         self.url = f"redis://127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
         return self
 
