@@ -1,8 +1,8 @@
 """`python -m bench.limits`: what an admission costs, on the server and in the gateway, by the number of its limits.
 
-Each row is one request's admission and settlement with a credit hold, on a server started for it: the embedded Valkey and,
-where there is one, the machine's `redis-server`. Server time is `commandstats` (usec per EVALSHA, as the server counts
-it), gateway time the CPU of this process per call. The rounds of all rows alternate; the median of the rounds is shown.
+Each row is one request's admission and settlement with a credit hold, on a server started for it: the embedded Valkey
+and, where there is one, the machine's `redis-server`. Server time is `commandstats` (usec per EVALSHA, as the server
+counts it), gateway time the CPU of this process per call. The rounds of all rows alternate; their median is shown.
 """
 
 import argparse
@@ -85,7 +85,9 @@ class Bench:
             for verdict in verdicts:
                 if isinstance(verdict, Hold):
                     verdict.charge = PAID
-            held = [holding for holding, verdict in zip(batch, verdicts, strict=True) if not isinstance(verdict, Refusal)]
+            held = [
+                holding for holding, verdict in zip(batch, verdicts, strict=True) if not isinstance(verdict, Refusal)
+            ]
             _, one = await self._measured([holding.__aexit__(None, None, None) for holding in held])
             settling = Figures(settling.server + one.server, settling.gateway + one.gateway)
         return _per_call(admitting, calls), _per_call(settling, calls)

@@ -74,7 +74,9 @@ def test_a_flat_price_is_charged_in_full_or_not_at_all(
 UNITS = ("tokens", "input_tokens", "output_tokens")
 
 
-@given(st.sampled_from([o for o in Outcome if o not in (Outcome.NEVER_REACHED, Outcome.UPSTREAM_REFUSED)]), usages, counts)
+@given(
+    st.sampled_from([o for o in Outcome if o not in (Outcome.NEVER_REACHED, Outcome.UPSTREAM_REFUSED)]), usages, counts
+)
 def test_tokens_are_never_below_what_was_delivered(outcome: Outcome, usage: Usage | None, estimate: int) -> None:
     charge = settle(outcome, usage, 1, estimate)
 

@@ -193,8 +193,8 @@ class LimitsRules(Section):
     #: What is left of the limits is said in RateLimit, RateLimit-Policy and the fields of the route's dialect.
     #: Retry-After is there in any case.
     headers: Flag = True
-    #: How long a denial is remembered at most, so that whoever keeps asking costs no round trip; 0s: not at all. What is
-    #: given back in another process meanwhile is not seen for so long.
+    #: How long a denial is remembered at most, so that whoever keeps asking costs no round trip; 0s: not at all. What
+    #: is given back in another process meanwhile is not seen for so long.
     deny_cache_ms: Annotated[int, duration("0s", "10s")] = Field(default=1_000, alias="deny_cache")
     #: Denials remembered at once, per worker.
     deny_cache_entries_max: Annotated[int, whole(1, 10_000_000)] = 10_000

@@ -53,8 +53,8 @@ class Sweeper:
             await asyncio.sleep(self._sweep_s)
 
     async def sweep(self) -> int:
-        """Every hold whose lease ran out has ended, but for those in a part of a cluster that is away; returns how many.
-        Raises StoreUnavailable when nobody tells which orgs are active."""
+        """Every hold whose lease ran out has ended, but for those in a part of a cluster that is away; returns how
+        many. Raises StoreUnavailable when nobody tells which orgs are active."""
         seconds, micros = await self._redis.call("TIME")
         now_ms = int(seconds) * 1000 + int(micros) // 1000
         active = _pairs(await self._redis.call("ZRANGE", keys.ACTIVE_ORGS, 0, -1, "WITHSCORES"))

@@ -1,7 +1,7 @@
 """`gcra`: `burst` at once, and `limit` more in each `window_ms`, evenly: a leaky bucket, kept as one level.
 
-In an interval of length t at most burst + limit * t / window_ms is admitted. It promises spacing and a long-run rate, not a
-window: within one window both the burst and the refill may be used.
+In an interval of length t at most burst + limit * t / window_ms is admitted. It promises spacing and a long-run rate,
+not a window: within one window both the burst and the refill may be used.
 """
 
 from gateway.limits.kind import Counter

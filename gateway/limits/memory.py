@@ -38,6 +38,6 @@ def sorted_set_bytes_max(members: int, member_chars: int) -> int:
 
 
 def _allocated(size: int) -> int:
-    """What an allocator hands out: four sizes for each doubling, and none that is no multiple of 16; and its own mark."""
+    """What an allocator hands out: four sizes for each doubling, all multiples of 16, and its own mark."""
     step = max(16, 1 << (size.bit_length() - 3))
     return -(-size // step) * step + 8

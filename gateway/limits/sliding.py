@@ -5,8 +5,9 @@ false denial, 8 bytes per admitted request. Conservative sub-buckets beyond, and
 request may be denied up to window/60 longer than strictly needed. Sessions are logged once each, exactly.
 """
 
-from collections import deque
+from collections import OrderedDict, deque
 from functools import lru_cache
+from itertools import islice
 
 from gateway.limits.kind import Counter
 from gateway.limits.memory import sorted_set_bytes_max, text_bytes_max
@@ -102,13 +103,14 @@ class Buckets:
     def check(self, limit: Limit, cost: int, now_ms: int, member: str = "") -> tuple[int, int]:
         grain = grain_ms(limit)
         live = (now_ms - limit.window_ms + 1) // grain
-        for index in [index for index in self._amounts if index < live]:
-            self._sum -= self._amounts.pop(index)
+        # In order of time, as they were begun.
+        while self._amounts and (oldest := next(iter(self._amounts))) < live:
+            self._sum -= self._amounts.pop(oldest)
         excess = self._sum + cost - limit.limit
         if excess <= 0:
             return self._sum, 0
-        for index in sorted(self._amounts):
-            excess -= self._amounts[index]
+        for index, amount in self._amounts.items():
+            excess -= amount
             if excess <= 0:
                 return self._sum, (index + 1) * grain - 1 + limit.window_ms - now_ms
         return self._sum, limit.window_ms
@@ -134,16 +136,18 @@ class FirstSeen:
     whoever knows that a session is an old one does not ask."""
 
     def __init__(self) -> None:
-        self._seen_ms: dict[str, int] = {}
+        #: In order of time.
+        self._seen_ms: OrderedDict[str, int] = OrderedDict()
 
     def check(self, limit: Limit, cost: int, now_ms: int, member: str = "") -> tuple[int, int]:
         seen_ms = self._seen_ms
-        for old in [name for name, at_ms in seen_ms.items() if at_ms <= now_ms - limit.window_ms]:
-            del seen_ms[old]
+        while seen_ms and next(iter(seen_ms.values())) <= now_ms - limit.window_ms:
+            seen_ms.popitem(last=False)
         used = len(seen_ms)
         if member in seen_ms or used < limit.limit:
             return used, 0
-        return used, sorted(seen_ms.values())[used - limit.limit] + limit.window_ms - now_ms
+        blocking_ms = next(islice(seen_ms.values(), used - limit.limit, None))
+        return used, blocking_ms + limit.window_ms - now_ms
 
     def take(self, limit: Limit, cost: int, now_ms: int, member: str) -> None:
         self._seen_ms.setdefault(member, now_ms)

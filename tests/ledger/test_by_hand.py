@@ -13,6 +13,7 @@ from gateway.errors import StoreRefused, StoreUnavailable
 from gateway.ledger import Accounts, migrate, post, read_balance
 from gateway.ledger.migrate import migrations
 from gateway.stores import Postgres, Redis
+from gateway.stores.link import Link
 from gateway.types import Balance, Charge, Entry, Principal
 from tests import servers
 from tests.ledger.conftest import ASKER, ORG, House, every_script, rules
@@ -374,7 +375,7 @@ async def test_renewing_thousands_of_leases_never_stands_in_front_of_an_admissio
 
     async def renewed() -> bool:
         nonlocal queued
-        assert house.redis._link is not None
+        assert isinstance(house.redis._link, Link)
         for _ in range(20):
             await asyncio.sleep(0)
             queued = max(queued, house.redis._link.waiting_count)

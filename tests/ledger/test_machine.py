@@ -156,7 +156,7 @@ class Books(RuleBasedStateMachine):
     async def _repeat_an_admission(self, choice: int) -> None:
         if (request := self._pick(choice, lambda _: True)) is not None:
             verdict = (await self.house.admission._ask(request.hold))[0]
-            kept = request.hold.hold_id in self.house.admission.settling._backlog
+            kept = (request.hold.owner, request.hold.hold_id) in self.house.admission.settling._backlog
             assert verdict in ((b"DUP", b"GONE") if request.charge is None or kept else (b"GONE",))
 
     # What the gateway does beside
@@ -190,7 +190,7 @@ class Books(RuleBasedStateMachine):
     async def _flush(self, fault: str) -> None:
         outbox = self.house.outbox
         outbox.mark(self.org)
-        batch = await outbox._read([self.org], 500) if fault == "applied twice" else []
+        batch = (await outbox._read([self.org], 500))[0] if fault == "applied twice" else []
         if fault == "not applied":
             self.stage.redis.arm(2, "reply lost" if len(self.requests) % 2 else "away")
         elif fault in ("before", "after"):

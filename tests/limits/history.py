@@ -167,7 +167,7 @@ def windows(unit: str, most: Sequence[int], window_ms: Sequence[int]) -> st.Sear
         waits = (0, 0, 0, 1, grain_ms - 1, grain_ms, 7 * grain_ms, window_ms // 2, window_ms - grain_ms)
         edges = (window_ms - 1, window_ms, window_ms + 1, window_ms + grain_ms - 1, window_ms + grain_ms, 9 * window_ms)
         limit = Limit("one", "sliding", unit, "org", most, window_ms)
-        return Case(limit, waits + edges, most if unit == "tokens" else 1, 5 if unit == "sessions" else 0)
+        return Case(limit, waits + edges, most if unit == "tokens" else 1, 2 if unit == "sessions" else 0)
 
     return st.builds(case, st.sampled_from(most), st.sampled_from(window_ms))
 

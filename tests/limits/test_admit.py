@@ -5,9 +5,10 @@ import itertools
 import pytest
 
 from gateway import keys
+from gateway.admission import counter_keys
 from gateway.types import Demand
 from tests.limits.conftest import CREDIT, LEASE_MS, ORG, Limiter
-from tests.limits.every import EVERY, actuals, as_shadow, fill, subsets
+from tests.limits.every import EVERY, WINDOW_MS, actuals, as_shadow, fill, subsets
 
 BOTH_STORES = pytest.mark.parametrize("stores", ["embedded", "system"], indirect=True)
 ALL = tuple(EVERY.values())
@@ -76,6 +77,7 @@ def test_of_a_session_that_is_known_nothing_is_taken_and_it_is_never_refused(lim
     wanted = EVERY["sessions"]
     limiter.admit("r1", wanted)
     fill(limiter, wanted)
+    limiter.wait(5)
     before = limiter.server.dump(f"{{ai_credits:org_{ORG}}}:l:sessions:sliding_sessions:60000")
     assert limiter.admit("r2", wanted).status == "OK"
     assert limiter.server.dump(f"{{ai_credits:org_{ORG}}}:l:sessions:sliding_sessions:60000") == before
@@ -84,6 +86,32 @@ def test_of_a_session_that_is_known_nothing_is_taken_and_it_is_never_refused(lim
     assert limiter.admit("r3", remembered).status == "DENY"
     limiter.server.hset(keys.session_record(ORG, remembered.member), "turn", 1)
     assert limiter.admit("r4", remembered).status == "OK"
+
+
+def test_a_session_counts_anew_one_window_after_it_was_first_seen(limiter: Limiter) -> None:
+    wanted = EVERY["sessions"]
+
+    def counted() -> tuple[int, int]:
+        """Before it asked and after."""
+        before = limiter.used(wanted)[0]
+        assert limiter.admit(f"r{limiter.now_ms}", wanted).status == "OK"
+        return before, limiter.used(wanted)[0]
+
+    assert counted() == (0, 1)
+    limiter.wait(WINDOW_MS - 1)
+    assert counted() == (1, 1)
+    limiter.wait(1)
+    assert counted() == (0, 1)
+    limiter.wait(-3_600_000)  # that was in a time that has not come yet
+    assert counted() == (0, 1)
+
+
+def test_sessions_that_left_the_window_leave_the_server(limiter: Limiter) -> None:
+    wanted = EVERY["sessions"]
+    fill(limiter, wanted)
+    limiter.wait(WINDOW_MS)
+    limiter.admit("r1", wanted)
+    assert limiter.server.zcard(counter_keys(ORG, [wanted])[0]) == 1
 
 
 @pytest.mark.parametrize("price", [0, CREDIT])

@@ -5,8 +5,8 @@ import redis
 
 from gateway import keys
 from gateway.admission import counter_keys
-from gateway.types import Calendar, Demand, Limit
-from tests.limits.conftest import CREDIT, LEASE_MS, ORG, Limiter, calendar, demand, gcra, session
+from gateway.types import Calendar, Demand
+from tests.limits.conftest import CREDIT, ORG, Limiter, calendar, demand, gcra
 from tests.limits.every import EVERY, WINDOW_MS, actuals, another, fill
 
 BOTH_STORES = pytest.mark.parametrize("stores", ["embedded", "system"], indirect=True)
@@ -132,6 +132,35 @@ def test_a_clock_that_steps_back_a_lot_never_locks_anybody_out(limiter: Limiter,
     assert limiter.admit("on time", another(wanted, 201)).status == "OK"
 
 
+@pytest.mark.parametrize("wanted", [demand(30, 3_600_000), demand(300, 3_600_000, 10, unit="tokens")])
+def test_use_that_was_spread_over_a_window_is_forgotten_too(limiter: Limiter, wanted: Demand) -> None:
+    """Its latest part lies in a time that has not come yet, and would not go before that has."""
+    for number in range(30):
+        limiter.admit(f"r{number}", wanted)
+        limiter.wait(60_000)
+    limiter.wait(-600_000)
+    assert limiter.admit("after", wanted).used == (0,)
+
+
+def test_a_release_after_a_step_back_leaves_no_debt_that_comes_due_later(limiter: Limiter) -> None:
+    """A bucket that is a minute long goes on being filled for a minute; nothing is given back of an earlier one that
+    it never got."""
+    hour_ms = 3_600_000
+    limiter.set_clock(limiter.now_ms // 60_000 * 60_000)
+    limiter.admit("before", demand(1_000, hour_ms, 10, unit="tokens"))
+    limiter.wait(60_000 + 59_000)
+    wanted = demand(1_000, hour_ms, 400, unit="tokens")
+    limiter.admit("newest", wanted)
+    limiter.wait(-61_000)
+    limiter.admit("r1", wanted)
+    limiter.release("r1", wanted)
+    used = [limiter.used(wanted)[0]]
+    for _ in range(70):
+        limiter.wait(60_000)
+        used.append(limiter.used(wanted)[0])
+    assert used == sorted(used, reverse=True) and used[-1] == 0
+
+
 def test_a_step_back_into_the_same_period_of_a_calendar_forgets_nothing(limiter: Limiter) -> None:
     wanted = EVERY["calendar"]
     limiter.set_clock(limiter.now_ms // A_DAY_MS * A_DAY_MS + 7_200_000)
@@ -203,111 +232,3 @@ def test_large_balances_keep_every_digit(limiter: Limiter) -> None:
     account = limiter.server.hgetall(keys.account(ORG))
     assert (account[b"p"], account[b"u"]) == (str(nearly_2_53).encode(), b"1")
     assert limiter.server.get(keys.mirror(ORG)) == b"9007199254"
-
-
-# Replies that are lost, and requests that take long.
-
-
-@pytest.mark.parametrize("later_ms", [0, 1, 999, 1_000, 30_000, 60_999])
-def test_an_admission_whose_reply_was_lost_gives_its_estimate_back_to_the_bucket_it_was_taken_from(
-    limiter: Limiter, later_ms: int
-) -> None:
-    """Nobody but the server knows when it was: the tombstone says so."""
-    wanted = demand(1_000, WINDOW_MS, 400, unit="tokens", name="tpm")
-    limiter.admit("earlier", demand(1_000, WINDOW_MS, 100, unit="tokens", name="tpm"))
-    limiter.wait(1_500)
-    limiter.admit("lost", wanted)
-    limiter.wait(later_ms)
-    limiter.admit("later", demand(1_000, WINDOW_MS, 10, unit="tokens", name="tpm"))
-    limiter.release("lost", wanted)
-    earlier = 100 if later_ms < 58_500 else 0
-    assert limiter.used(wanted) == (10 + earlier,)
-
-
-def test_an_estimate_whose_bucket_has_left_is_not_taken_off_another(limiter: Limiter) -> None:
-    wanted = demand(1_000, WINDOW_MS, 400, unit="tokens", name="tpm")
-    limiter.admit("r1", wanted)
-    limiter.wait(WINDOW_MS + 1_000)
-    limiter.admit("r2", wanted)
-    limiter.release("r1", wanted)
-    assert limiter.used(wanted) == (400,)
-
-
-@pytest.mark.parametrize("actual", [0, 15, 400, 900])
-def test_the_rest_of_an_estimate_leaves_with_its_own_bucket_and_what_was_more_with_the_settles(
-    limiter: Limiter, actual: int
-) -> None:
-    wanted = demand(1_000, WINDOW_MS, 400, unit="tokens", name="tpm")
-    limiter.set_clock(limiter.now_ms // WINDOW_MS * WINDOW_MS)
-    limiter.admit("r1", wanted)
-    limiter.wait(30_000)
-    limiter.settle("r1", (wanted, actual))
-    assert limiter.used(wanted) == (actual,)
-    limiter.wait(30_998)
-    assert limiter.used(wanted) == (actual,)
-    limiter.wait(1)
-    assert limiter.used(wanted) == (max(0, actual - 400),)
-    limiter.wait(30_000)
-    assert limiter.used(wanted) == (0,)
-
-
-def test_a_request_that_is_renewed_gives_back_its_estimate_however_long_it_took(limiter: Limiter) -> None:
-    """The tombstone that knows when it was admitted lasts as long as it runs."""
-    wanted = demand(1_000, A_DAY_MS, 400, unit="tokens", name="tpd")
-    slot = EVERY["concurrent"]
-    limiter.admit("r1", wanted, slot)
-    tombstone = keys.tombstone(ORG, "r1")
-    limiter.server.expire(tombstone, 5)  # as after 895 s
-    assert limiter.renew("r1", wanted, slot) == 0  # it holds no credits
-    assert limiter.server.ttl(tombstone) > 890
-    limiter.wait(3_600_000)
-    limiter.release("r1", wanted, slot)
-    assert limiter.used(wanted, slot) == (0, 0)
-
-
-def test_a_settle_whose_tombstone_is_gone_still_charges_and_leaves_limits_alone(limiter: Limiter) -> None:
-    """Nobody knows any more when it was admitted, so nothing can be given back to the right place."""
-    limiter.give_credits(10)
-    limiter.admit("r1", *ALL, hold_ucredits=CREDIT)
-    used = limiter.used(*ALL)
-    limiter.server.delete(keys.tombstone(ORG, "r1"))
-    assert limiter.settle("r1", *((one, 0) for one in ALL), charge_ucredits=CREDIT) == "OK"
-    assert limiter.used(*ALL) == used
-    account = limiter.server.hgetall(keys.account(ORG))
-    assert (account[b"h"], account[b"u"]) == (b"0", str(CREDIT).encode())
-
-
-def test_renewing_never_brings_the_tombstone_of_an_ended_request_back(limiter: Limiter) -> None:
-    wanted = EVERY["concurrent"]
-    limiter.admit("r1", wanted)
-    limiter.release("r1", wanted)
-    limiter.server.expire(keys.tombstone(ORG, "r1"), 5)
-    limiter.renew("r1", wanted)
-    assert limiter.server.ttl(keys.tombstone(ORG, "r1")) <= 5
-
-
-def test_a_swept_request_that_wakes_up_gives_back_its_estimate_to_the_right_bucket(limiter: Limiter) -> None:
-    wanted = demand(1_000, WINDOW_MS, 400, unit="tokens", name="tpm")
-    limiter.give_credits(10)
-    limiter.admit("r1", wanted, hold_ucredits=CREDIT)
-    limiter.wait(LEASE_MS)
-    assert limiter.sweep("r1") == "OK"
-    limiter.admit("r2", wanted)
-    assert limiter.settle("r1", (wanted, 100), charge_ucredits=CREDIT) == "OK"
-    assert limiter.used(wanted) == (500,)
-
-
-def test_a_limit_whose_window_changed_counts_anew_and_meets_nothing_it_cannot_read(limiter: Limiter) -> None:
-    changed = [
-        Limit("one", "sliding", "requests", "org", 3, 60_000),
-        Limit("one", "sliding", "requests", "org", 300, 60_000),
-        Limit("one", "sliding", "tokens", "org", 3, 61_000),
-        Limit("one", "gcra", "tokens", "org", 3, 60_000, 3),
-        Limit("one", "calendar", "tokens", "org", 3, A_DAY_MS, calendar=Calendar("day")),
-        Limit("one", "calendar", "tokens", "org", 3, A_DAY_MS, calendar=Calendar("day", "Asia/Tokyo")),
-        Limit("one", "concurrent", "concurrent", "org", 3, LEASE_MS),
-        session(3, 60_000, "s", name="one").limit,
-    ]
-    for number, limit in enumerate(changed):
-        member = keys.digest("s") if limit.unit == "sessions" else ""
-        assert limiter.admit(f"r{number}", Demand(limit, "", 1, member)).used == (0,)

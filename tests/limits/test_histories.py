@@ -19,7 +19,7 @@ HERE = settings(
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_twin_admits_what_the_oracle_admits(name: str, full: bool) -> None:
-    @settings(HERE, max_examples=3000 if full else 150)
+    @settings(HERE, max_examples=3000 if full else 100)
     @given(histories(name, 40))
     def every(history: tuple[Limit, Sequence[Step]]) -> None:
         limit, steps = history

@@ -18,7 +18,7 @@ from tests.limits.oracle import period_begin_ms
 BOTH_STORES = pytest.mark.parametrize("stores", ["embedded", "system"], indirect=True)
 LIMITS = (1, 2, 10, 100, 128, 129, 1000, 100_000)
 WINDOWS_MS = (1_000, 10_000, 60_000, HOUR_MS, DAY_MS)
-#: One limit of each shape is met in all its phases, the others in every seventh.
+#: One limit of each shape is met in all its phases, the others in every ninth.
 WHOLE = ((10, 60_000), (129, 10_000), (100_000, 60_000))
 #: Of what is asked evenly at exactly the limit: one sub-bucket of 61 is on its way out.
 THROUGHPUT_MIN = 60 / 61
@@ -45,7 +45,7 @@ def test_an_adversary_gets_the_limit_in_some_window_and_never_more(
 ) -> None:
     limit = sliding(unit, most, window_ms)
     every = full or (most, window_ms) in WHOLE
-    phases = range(PHASES) if every else range(most % 7, PHASES, 7 if most not in (100, 128) else 20)
+    phases = range(PHASES) if every else range(most % 7, PHASES, 9 if most not in (100, 128) else 20)
     plans = [*adversary.bursts(limit, phases), adversary.trickle(limit)]
     plans += [adversary.mixed(limit, seed) for seed in range(50 if full else 3)]
     reached = 0

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway import limits
+from gateway import keys, limits
 from gateway.types import Calendar, Demand, Limit
 from tests.limits.conftest import START_MS, Limiter, calendar, demand, gcra, session
 from tests.limits.test_histories import HERE
@@ -50,7 +50,7 @@ def test_of_any_mixture_who_waits_as_told_is_admitted_and_not_a_millisecond_earl
 ) -> None:
     refused = 0
 
-    @settings(HERE, max_examples=500 if full else 60)
+    @settings(HERE, max_examples=500 if full else 40)
     @given(mixtures, st.integers(0, 1 << 30))
     def every(kinds: list[str], seed: int) -> None:
         nonlocal refused
@@ -118,6 +118,27 @@ def test_from_the_same_state_a_higher_limit_never_refuses_more_nor_longer(limite
                 bound = replace(wanted.limit, limit=wanted.limit.limit + more)
             found.append(limiter.peek(replace(wanted, limit=bound)).retry_ms[0])
         assert found == sorted(found, reverse=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_asks_under_a_limit_that_was_lowered_is_told_when_enough_has_left(limiter: Limiter, kind: str) -> None:
+    """More is used than is allowed now, so waiting for the oldest alone would not do."""
+    for seed in range(8):
+        dice = random.Random(seed)
+        limiter.start_over()
+        for step in range(30):
+            limiter.wait(dice.choice((0, 1, 17, 40, 90)))
+            limiter.admit(f"r{step}", a_demand(kind, seed, dice, 6))
+        wanted = a_demand(kind, seed, dice, 6)
+        wanted = replace(wanted, cost=1, member=keys.digest("new") if wanted.member else "")
+        few = {"log": 2, "sessions": 2, "calendar": 4, "gcra": wanted.limit.limit}.get(kind, wanted.limit.limit // 3)
+        lowered = replace(wanted, limit=replace(wanted.limit, limit=few, burst=2 if kind == "gcra" else 0))
+        told_ms = limiter.admit("refused", lowered).retry_ms[0]
+        assert told_ms > 1
+        limiter.wait(told_ms - 1)
+        assert limiter.peek(lowered).retry_ms == (1,)
+        limiter.wait(1)
+        assert limiter.admit("later", lowered).status == "OK"
 
 
 def admitted(limit: Limit, at_ms: Sequence[int]) -> list[int]:

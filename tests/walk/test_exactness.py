@@ -22,8 +22,9 @@ from gateway import keys
 from tests.cluster import ClusterHandle, cluster
 from tests.waiting import until
 from tests.walk import raw
-from tests.walk.house import House, Process
+from tests.walk.house import House, Process, in_process
 from tests.walk.raw import Visit
+from tests.walk.test_bounds import deaf_port
 
 GATEWAYS = 4
 REQUESTS = 2_000
@@ -80,7 +81,7 @@ ADMITTED = {
 }
 #: What an org sends -> its name; two of them share what they have together.
 ORGS = {f"org-{name}": name for name in ADMITTED} | {"org-other": "together"}
-EACH = REQUESTS // len(ORGS)
+EACH = -(-REQUESTS // len(ORGS))
 
 
 @dataclass
@@ -205,7 +206,9 @@ async def four_gateways(house: House) -> AsyncIterator[list[Process]]:
 
 @pytest.mark.usefixtures("many_files")
 async def test_four_gateways_admit_exactly_what_each_of_many_limits_says(house: House, limiting: Stores) -> None:
-    house.settings.update(redis=limiting.url, redis_timeout="10s", postgres_timeout="20s", shared_limits=json.dumps(SHARED))
+    house.settings.update(
+        redis=limiting.url, redis_timeout="10s", postgres_timeout="20s", shared_limits=json.dumps(SHARED)
+    )
     house.limits, house.price = [*LOOSE, *TIGHT], 0
     for client in limiting.clients:
         client.flushall()
@@ -233,3 +236,30 @@ async def test_four_gateways_admit_exactly_what_each_of_many_limits_says(house: 
             assert not limiting.errors() & {"CROSSSLOT", "WRONGTYPE", "ERR", "MOVED", "TRYAGAIN"}
         lines = [line for gateway in gateways for line in gateway.output]
         assert [line for line in lines if "CROSSSLOT" in str(line) or line.get("level") in ("warning", "error")] == []
+
+
+async def test_what_one_gateway_remembers_keeps_nobody_from_what_another_has_given_back(house: House) -> None:
+    """It is remembered for a second; without that, for the hour that the server said."""
+    house.limits, house.price = [limit("rph", 1)], 0
+    house.settings.update(connect="3s", limit_rules="{ deny_cache: 1s }")
+    reachable = house.upstream_url
+    with deaf_port() as house.upstream_url:
+        async with Process(house) as trying:
+            house.upstream_url = reachable
+            async with (
+                in_process(house) as gateway,
+                house.client(trying.address) as elsewhere,
+                house.client(gateway.address) as here,
+            ):
+                lost = asyncio.create_task(elsewhere.get("/echo"))
+                await until(lambda: house.redis.keys("*:l:rph:*"))
+                refused = await here.get("/echo")
+                assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 3_000
+                assert gateway.gateway.admission.denials_count == 1
+
+                async def admitted() -> bool:
+                    assert lost.done() or gateway.gateway.admission.denials_count == 1
+                    return (await here.get("/echo")).status_code == 200
+
+                await until(admitted, 10)
+                assert (await lost).status_code == 504

@@ -127,7 +127,9 @@ async def test_a_limit_counts_only_what_it_is_about(house: House) -> None:
 async def test_each_model_of_an_org_has_a_portion_of_its_own(house: House) -> None:
     house.limits = [rpm(1, per=["org", "model"])]
     async with in_process(house) as running, house.client(running.address) as client:
-        seen = [(await client.post(CHAT, json=chat_body() | {"model": m})).status_code for m in ("a", "b", "a", "b", "c")]
+        seen = [
+            (await client.post(CHAT, json=chat_body() | {"model": m})).status_code for m in ("a", "b", "a", "b", "c")
+        ]
         assert seen == [200, 200, 429, 429, 200]
 
 
