@@ -12,7 +12,7 @@ help:
 	@echo 'make run      the gateway with a Valkey, a PostgreSQL and a demo AI router of its own; Ctrl-C ends it'
 	@echo 'make test     the tests; one of them: make test ARGS="tests/limits -k window"'
 	@echo 'make check    lint, format, types, and who may import whom'
-	@echo 'make proof    storms, transfers and fuzzers in their full size; ten minutes and more'
+	@echo 'make proof    storms, transfers, fuzzers and floods in their full size, on both kinds of server; an hour and more'
 	@echo 'make bench    the load run: CPU and latency per request and event, against httpx, nginx and Envoy where installed'
 	@echo 'make lock     the lock files again from pyproject.toml; newest versions: make lock UPGRADE=--upgrade'
 	@echo 'make clean    removes .venv and tool caches; keeps .gateway/, the data of make run'
@@ -30,7 +30,7 @@ check: .venv/.dev
 	.venv/bin/lint-imports
 
 proof: .venv/.dev
-	@$(VENV) -m pytest --full tests/walk tests/websocket tests/upstream tests/downstream $(ARGS)
+	@$(VENV) -m pytest --full tests/walk tests/websocket tests/upstream tests/downstream tests/limits tests/stores $(ARGS)
 
 bench: .venv/.dev
 	@$(VENV) -m bench $(ARGS)

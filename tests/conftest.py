@@ -26,6 +26,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="storms and transfers in their full size; takes minutes")
 
 
+#: Where every test is there for both kinds of server. The machine's own ones wait for `--full` or `--stores=system`,
+#: except where scripts are held against their oracle.
+TWICE = ("tests/stores/", "tests/limits/", "tests/cli/test_redis_diagnosis.py")
+BOTH_AT_ONCE = ("test_histories.py", "test_promise.py", "test_once.py")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--full") or config.getoption("--stores") == "system":
+        return
+    later = [item for item in items if _waits(item)]
+    config.hook.pytest_deselected(items=later)
+    items[:] = [item for item in items if not _waits(item)]
+
+
+def _waits(item: pytest.Item) -> bool:
+    place = item.path.relative_to(item.config.rootpath).as_posix()
+    on_system = "system" in getattr(getattr(item, "callspec", None), "id", "").split("-")
+    return on_system and place.startswith(TWICE) and not place.endswith(BOTH_AT_ONCE)
+
+
 @pytest.fixture(scope="session")
 def full(request: pytest.FixtureRequest) -> bool:
     """Whether this run is to prove things in their full size."""

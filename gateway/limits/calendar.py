@@ -68,7 +68,7 @@ class Quota:
     def settle(self, limit: Limit, cost: int, actual: int, taken_at_ms: int, now_ms: int, member: str) -> None:
         if actual > cost:
             self.take(limit, actual - cost, now_ms, member)
-        elif self._start_ms <= taken_at_ms and now_ms < periods(_rule(limit), taken_at_ms)[2]:
+        elif self._start_ms <= taken_at_ms:
             self._used = max(0, self._used - (cost - actual))
 
 

@@ -117,14 +117,18 @@ class ByScripts:
         """As time passes gateways renew what still runs, always before its lease is over."""
         limiter = self._limiter
         while self._limit.kind == "concurrent" and self._running and limiter.now_ms < now_ms:
-            limiter.set_clock(min(now_ms, limiter.now_ms + LEASE_MS - 1))
+            self._pass(min(now_ms, limiter.now_ms + LEASE_MS - 1))
             for request in self._running.values():
                 limiter.renew(request.rid, self._demand(request))
             self._note_end()
-        limiter.set_clock(now_ms)
-        if self._ends_at_ms is not None and now_ms >= self._ends_at_ms:
-            limiter.server.delete(self._counter)
-            self._ends_at_ms = None
+        self._pass(now_ms)
+
+    def _pass(self, now_ms: int) -> None:
+        self._limiter.set_clock(now_ms)
+        if self._ends_at_ms is not None:
+            # Deletes it when that is now, or was.
+            self._limiter.server.pexpire(self._counter, self._ends_at_ms - now_ms)
+            self._note_end()
 
     def _note_end(self) -> None:
         ttl_ms = self._limiter.server.pttl(self._counter)

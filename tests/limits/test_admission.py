@@ -189,13 +189,28 @@ async def test_an_admission_whose_reply_was_lost_leaves_no_estimate_behind(
     async with admission.hold("before", ASKER, (TPH,), 0) as held:
         assert isinstance(held, Hold)
         held.charge = used_tokens(100)
-    redis.arm(2 if not admission._active_marks else 1, "reply lost")
+    redis.arm(1, "reply lost")
     with pytest.raises(StoreUnavailable):
         await ask(admission, "lost", TPH, PARALLEL)
     redis.arm(0, "")
     assert await used(redis, TPH, PARALLEL) == [500, 1]
     await admission.drain(5)
     assert await used(redis, TPH, PARALLEL) == [100, 0]
+
+
+async def test_a_shadow_of_which_nobody_knows_whether_it_was_taken_is_left_to_its_window(
+    admission: Admission, redis: FaultyRedis
+) -> None:
+    """It was not, and what others used of it stays."""
+    shadow = replace(TPH, limit=replace(TPH.limit, shadow=True))
+    await spend(admission, TPH)
+    await ask(admission, "first", PARALLEL)  # the org is marked as active
+    redis.arm(1, "reply lost")
+    with pytest.raises(StoreUnavailable):
+        await ask(admission, "lost", shadow, PARALLEL)
+    redis.arm(0, "")
+    await admission.drain(5)
+    assert await used(redis, shadow, PARALLEL) == [800, 0]
 
 
 async def test_an_admission_that_was_asked_twice_gives_everything_back(

@@ -160,6 +160,13 @@ def test_an_unknown_balance_is_a_miss_and_zero_is_not(limiter: Limiter) -> None:
     assert limiter.admit("r1", hold_ucredits=CREDIT).status == "NOCREDIT"
 
 
+def test_the_last_credit_can_be_held_and_no_more(limiter: Limiter) -> None:
+    limiter.give_credits(1)
+    assert limiter.admit("r1", hold_ucredits=CREDIT + 1).status == "NOCREDIT"
+    assert limiter.admit("r2", hold_ucredits=CREDIT).status == "OK"
+    assert limiter.admit("r3", hold_ucredits=1).status == "INFLIGHT"
+
+
 def test_a_full_outbox_takes_no_more_and_changes_no_key(limiter: Limiter) -> None:
     limiter.give_credits(5)
     for number in range(1000):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from gateway.admission import Admission, Hold, Rules, denials
-from gateway.types import Demand, Limit, Refusal
+from gateway.types import Charge, Demand, Limit, Refusal
 from tests.ledger.faulty import FaultyRedis
 from tests.limits.conftest import CREDIT, demand, gcra, session
 from tests.limits.rooms import (
@@ -109,12 +109,13 @@ async def test_a_denial_is_never_remembered_for_longer_than_it_lasts(
     assert await calls(redis) > asked
 
 
-async def test_a_release_in_this_process_lets_the_next_one_in(remembering: Admission, redis: FaultyRedis) -> None:
+@pytest.mark.parametrize("charge", [None, replace(KEPT, keep_requests=False)], ids=["never reached", "released"])
+async def test_a_release_in_this_process_lets_the_next_one_in(remembering: Admission, charge: Charge | None) -> None:
     async with remembering.hold("r1", ASKER, (RPH,), 0) as held:
         assert isinstance(held, Hold)
         await spend(remembering, RPH)
         await refused(remembering, "r2", RPH)
-        # It never reached the upstream: `charge` stays None.
+        held.charge = charge
     assert isinstance(await ask(remembering, "r3", RPH), Hold)
 
 
@@ -177,27 +178,32 @@ async def test_limits_that_are_given_back_to_all_the_time_are_never_remembered(
             for number in range(3):
                 await refused(remembering, f"{wanted.limit.name}{number}", wanted)
             assert await calls(redis) == asked + 3
-    assert remembering.denials_count == 0
+            assert remembering.denials_count == 0
 
 
 async def test_what_else_did_not_fit_is_told_again_too_so_nobody_is_sent_back_too_early(
-    remembering: Admission, clock: Clock
+    remembering: Admission, redis: FaultyRedis, clock: Clock
 ) -> None:
     """Tokens keep an hour, requests half a second: who is told half a second would be refused once more."""
     quick = gcra(2, 1_000, 1, name="rps")
-    await spend(remembering, TPH)
-    while True:
-        await ask(remembering, f"quick{next(numbers)}", quick)
-        first = await refused(remembering, f"r{next(numbers)}", TPH, quick)
-        if first.details["violated_policies"] == ["tph", "rps"]:
-            break
-    again = await refused(remembering, "again", TPH, quick)
-    assert again.details["violated_policies"] == ["tph", "rps"]
-    assert again.retry_after_ms == first.retry_after_ms
-    # Alone, what the tokens said then refuses nobody: they may have been given back.
-    asked = await calls(remembering._redis)  # type: ignore[arg-type]  # it is the faulty one
-    await refused(remembering, "tokens alone", TPH)
-    assert await calls(remembering._redis) == asked + 1  # type: ignore[arg-type]
+    async with remembering.hold("tokens", ASKER, (TPH,), 0) as held:
+        assert isinstance(held, Hold)
+        held.charge = KEPT
+        await spend(remembering, TPH)
+        while True:
+            await ask(remembering, f"quick{next(numbers)}", quick)
+            first = await refused(remembering, f"r{next(numbers)}", TPH, quick)
+            if first.details["violated_policies"] == ["tph", "rps"]:
+                break
+        again = await refused(remembering, "again", TPH, quick)
+        assert again.details["violated_policies"] == ["tph", "rps"]
+        assert again.retry_after_ms == first.retry_after_ms
+        # Alone, what the tokens said then refuses nobody: they may have been given back.
+        asked = await calls(redis)
+        await refused(remembering, "tokens alone", TPH)
+        assert await calls(redis) == asked + 1
+    # And now they have been, as far as anybody here can tell.
+    assert (await refused(remembering, "later", TPH, quick)).details["violated_policies"] == ["rps"]
 
 
 async def test_a_session_that_may_not_begin_keeps_no_other_from_going_on(remembering: Admission) -> None:
@@ -247,7 +253,9 @@ async def test_what_is_remembered_is_bounded_and_the_longest_unused_goes_first(
     for number, wanted in enumerate(demands):
         await ask(admission, f"a{number}", wanted)
         await refused(admission, f"b{number}", wanted)
+        asked = await calls(redis)
         await refused(admission, f"c{number}", demands[0])  # the first is in use all the time
+        assert await calls(redis) == asked
         assert admission.denials_count <= 3
     asked = await calls(redis)
     await refused(admission, "d0", demands[0])

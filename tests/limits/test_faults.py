@@ -101,17 +101,30 @@ def test_every_key_but_an_account_that_owes_has_a_time_to_live(limiter: Limiter)
 
 @pytest.mark.parametrize("name", [name for name in EVERY if name != "concurrent"])
 @pytest.mark.parametrize("back_ms", [1, 1_000, 59_999])
-def test_a_clock_that_steps_back_a_little_is_waited_for(limiter: Limiter, name: str, back_ms: int) -> None:
+@pytest.mark.parametrize("price", [0, CREDIT])
+def test_a_clock_that_steps_back_a_little_is_waited_for(limiter: Limiter, name: str, back_ms: int, price: int) -> None:
     """Nothing that was refused fits for it, nothing that fits waits for longer than the step."""
     wanted = another(EVERY[name], 99)
+    limiter.give_credits(10)
+    limiter.admit("before", wanted, hold_ucredits=price)
     fill(limiter, EVERY[name])
-    told_ms = limiter.admit("r1", wanted).retry_ms[0]
+    told_ms = limiter.admit("r1", another(EVERY[name], 98), hold_ucredits=price).retry_ms[0]
     before_ms = limiter.now_ms
     limiter.wait(-back_ms)
-    verdict = limiter.admit("r2", wanted)
+    verdict = limiter.admit("r2", another(EVERY[name], 98), hold_ucredits=price)
     assert (verdict.status, verdict.at_ms, verdict.retry_ms) == ("DENY", before_ms, (told_ms,))
+    assert limiter.peek(another(EVERY[name], 98)).at_ms == before_ms
     limiter.set_clock(before_ms + told_ms)
-    assert limiter.admit("r3", wanted).status == "OK"
+    assert limiter.admit("r3", another(EVERY[name], 98), hold_ucredits=price).status == "OK"
+
+
+@pytest.mark.parametrize("price", [0, CREDIT])
+def test_every_admission_remembers_the_time(limiter: Limiter, price: int) -> None:
+    limiter.give_credits(10)
+    for number in range(2):
+        limiter.wait(1_000)
+        limiter.admit(f"r{number}", hold_ucredits=price)
+    assert limiter.server.hget(keys.account(ORG), "l") == str(limiter.now_ms).encode()
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY if name != "concurrent"])

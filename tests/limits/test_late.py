@@ -122,6 +122,18 @@ def test_renewing_never_brings_the_tombstone_of_an_ended_request_back(limiter: L
     assert limiter.server.ttl(keys.tombstone(ORG, "r1")) <= 5
 
 
+def test_a_hold_is_swept_when_its_lease_is_over_and_not_before_and_later_if_it_is_renewed(limiter: Limiter) -> None:
+    limiter.give_credits(10)
+    limiter.admit("r1", hold_ucredits=CREDIT)
+    limiter.wait(LEASE_MS - 1)
+    assert limiter.sweep("r1") == "ALIVE"
+    assert limiter.renew("r1") == 1
+    limiter.wait(LEASE_MS - 1)
+    assert limiter.sweep("r1") == "ALIVE"
+    limiter.wait(1)
+    assert limiter.sweep("r1") == "OK"
+
+
 def test_a_swept_request_that_wakes_up_gives_back_its_estimate_to_the_right_bucket(limiter: Limiter) -> None:
     wanted = demand(1_000, WINDOW_MS, 400, unit="tokens", name="tpm")
     limiter.give_credits(10)

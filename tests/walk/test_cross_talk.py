@@ -50,7 +50,7 @@ async def test_every_answer_is_the_askers_own(
                 clients=96,
                 fates=FATES,
                 seed=1,
-                answers=100_000 if full else 5_000,
+                answers=100_000 if full else 3_000,
             )
             report = await storm(plan)
             await until(lambda: gateway.gateway.admission.open_count == 0 and gateway.gateway.settling.idle)

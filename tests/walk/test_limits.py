@@ -85,7 +85,8 @@ async def test_a_refused_request_takes_nothing_of_the_other_limits(house: House)
         await until(lambda: verdicts(running, "burst") == {"refused": 8.0})
         rpm_key, _ = sorted([key async for key in house.redis.scan_iter("*:l:*")], reverse=True)
         assert rpm_key.decode().endswith(":l:rpm:sliding_log:60000")
-        assert len(await house.redis.get(rpm_key)) == 2 * 8
+        log = await house.redis.get(rpm_key)
+        assert isinstance(log, bytes) and len(log) == 2 * 8
 
 
 async def test_a_shadow_refuses_nobody_and_is_seen_by_the_operator(house: House) -> None:
