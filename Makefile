@@ -20,8 +20,9 @@ help:
 run: .venv/.run
 	@$(VENV) -m gateway run $(ARGS)
 
+# Two at a time, file by file: most of a test's time is waiting for somebody. ARGS="-n0 ..." runs one after the other.
 test: .venv/.dev
-	@$(VENV) -m pytest $(ARGS)
+	@$(VENV) -m pytest -n2 --dist=loadfile $(ARGS)
 
 check: .venv/.dev
 	$(VENV) -m ruff check

@@ -273,7 +273,7 @@ NOT_BEHIND_A_BODY = """transfer-encoding content-length host trailer te connecti
     x-forwarded-for x-forwarded-user forwarded x-api-key keep-alive""".split()
 
 
-@pytest.mark.parametrize("name", [*NOT_BEHIND_A_BODY, *(name.decode() for name in NOT_IN_TRAILERS)])
+@pytest.mark.parametrize("name", [*NOT_BEHIND_A_BODY, *sorted(name.decode() for name in NOT_IN_TRAILERS)])
 def test_a_field_that_was_acted_on_before_is_no_trailer(name: str) -> None:
     for written in (name, name.title(), name.replace("-", "_")):
         assert trailers([(written.encode(), b"v"), (b"X-Checksum", b"1")]) == [(b"X-Checksum", b"1")]
