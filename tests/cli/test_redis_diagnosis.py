@@ -1,9 +1,11 @@
 """What the doctor says of clusters, and of services that sentinels watch."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import redis
 
 from gateway.cli.diagnosis import Finding, Status, collect
 from gateway.cli.diagnosis.redis import examine_redis
@@ -107,7 +109,9 @@ async def test_a_part_of_a_cluster_that_is_gone_does_not_hide_the_rest(shards: C
     assert "all" not in says(found, "redis.eviction")[0]
     left = [node for node in shards.nodes if node.alive]
     for node in left:
-        node.do("CLUSTER", "FORGET", _id(node, gone[0]))
+        # Those who forget tell the others to, from Redis 7.2 on: one of them may have done it by now.
+        with contextlib.suppress(StopIteration, redis.ResponseError):
+            node.do("CLUSTER", "FORGET", _id(node, gone[0]))
     await until(lambda: all(len(node.do("CLUSTER", "SLOTS")) == 1 for node in left))
     found = await examine(shards.url)
     assert "slots are served by nobody" in says(found, "redis.topology", Status.PROBLEM)[0]
