@@ -20,6 +20,9 @@ Command: TypeAlias = tuple[bytes | str | int, ...]
 #: A command that left: when its caller is to be told that no reply came (loop time), its caller, the command.
 Waiting: TypeAlias = tuple[float, asyncio.Future[Reply], Command]
 
+#: As the last part of a command: the Link puts its own incarnation in its place.
+INCARNATION = "\0incarnation"
+
 #: A connection whose oldest reply is overdue by this factor is given up.
 STALLED_AFTER_TIMEOUTS = 5
 
@@ -59,6 +62,8 @@ class Link(asyncio.Protocol):
         self._waiting: deque[Waiting] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self.lost = False
+        #: Which process of the server this is: one that was started anew may have forgotten. Empty until it has told.
+        self.incarnation = ""
 
     def send(self, *args: bytes | str | int) -> asyncio.Future[Reply]:
         """The command will leave in this turn of the loop. The future yields the reply, an error reply as a value
@@ -69,7 +74,9 @@ class Link(asyncio.Protocol):
             return future
         if not self._out:
             self._loop.call_soon(self._flush)
-        self._out.append(hiredis.pack_command(args))  # type: ignore[arg-type]  # its stub means tuple[..., ...]
+        # What is remembered may be sent to another server, which has an incarnation of its own.
+        told = args if args[-1] is not INCARNATION else (*args[:-1], self.incarnation)
+        self._out.append(hiredis.pack_command(told))  # type: ignore[arg-type]  # its stub means tuple[..., ...]
         self._waiting.append((self._loop.time() + self._timeout_s, future, args))
         if self._timer is None:
             self._timer = self._loop.call_later(self._timeout_s, self._expire)

@@ -33,6 +33,9 @@ DEMOTED_AFTER_S = 2.0
 #: After a failover that was asked for, the former primary takes writes for eight seconds more, and loses them then.
 MOVES_ASKED_S = 1.0
 
+#: Of 160 random bits: enough to tell any two processes apart.
+INCARNATION_CHARS = 16
+
 _IN_SCRIPT = re.compile(r"ERR Error running script \(.*?\): @user_script:\d+:(?: @user_script: \d+:)? -?([A-Z]+) ")
 
 log = structlog.get_logger("gateway.redis")
@@ -82,7 +85,7 @@ class Node:
         self._on_refused = on_refused
         self._moves = moves
         role = [("ROLE",)] if moves else []
-        self._greeting = (*role, ("PING",), *(("SCRIPT", "LOAD", text) for text in terms.scripts))
+        self._greeting = (*role, ("PING",), ("INFO", "server"), *(("SCRIPT", "LOAD", text) for text in terms.scripts))
         self._settled = asyncio.Event()
         self._lost = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
@@ -203,7 +206,16 @@ class Node:
         if self._moves and replies[0][0] != b"master":
             link.abort()
             raise NotSent(f"{address} is said to be the primary, but is none")
+        link.incarnation = _incarnation(replies[2 if self._moves else 1])
         return link
+
+
+def _incarnation(info: bytes) -> str:
+    """Of the process that said this of itself: the beginning of its run id. Raises LookupError."""
+    [run_id] = [line for line in info.decode().splitlines() if line.startswith("run_id:")] or [""]
+    if not run_id:
+        raise LookupError("the server does not say which process it is")
+    return run_id.removeprefix("run_id:")[:INCARNATION_CHARS]
 
 
 async def connect(

@@ -26,8 +26,16 @@ RECONNECT_PAUSE_MAX_S = 2.0
 
 log = structlog.get_logger("gateway.postgres")
 
-#: UnicodeError: what asyncio raises for a host name that IDNA cannot encode.
-_FAILURES = (OSError, TimeoutError, UnicodeError, asyncpg.PostgresError, asyncpg.InterfaceError)
+#: UnicodeError: what asyncio raises for a host name that IDNA cannot encode. InternalClientError: what asyncpg raises
+#: for a connection that the server has ended and that is not closed yet.
+_FAILURES = (
+    OSError,
+    TimeoutError,
+    UnicodeError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+)
 #: The server is well and the values are at fault: the same call will fail again.
 _REFUSALS = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)
 
@@ -80,11 +88,13 @@ class Postgres:
     @contextlib.asynccontextmanager
     async def _connection(self, timeout_ms: int | None) -> AsyncIterator[PooledConnection]:
         timeout_s = self._timeout_s if timeout_ms is None else timeout_ms / 1000
+        asked = False
         if self._pool is None:
             raise StoreUnavailable(detail="postgres: closed")
         try:
             async with asyncio.timeout(timeout_s) as deadline, self._pool.acquire(timeout=timeout_s) as connection:
                 try:
+                    asked = True
                     yield connection
                 finally:
                     if deadline.expired():
@@ -96,7 +106,8 @@ class Postgres:
                 log.warning("postgres failed", error=reason)
             self.trouble = reason
             refused = isinstance(exc, _REFUSALS)
-            raise (StoreRefused if refused else StoreUnavailable)(detail=f"postgres: {reason}") from exc
+            failure = StoreRefused if refused else StoreUnavailable
+            raise failure(detail=f"postgres: {reason}", ambiguous=asked and not refused) from exc
         if self.trouble is not None:
             log.info("postgres answers")
             self.trouble = None

@@ -175,14 +175,24 @@ def test_without_persistence_what_may_be_lost_is_said(well: CommandLine) -> None
 
 def test_a_redis_user_without_rights_is_told_which_it_needs(well: CommandLine) -> None:
     place = well.env["REDIS_URL"].rpartition("@")[2]
-    few = ("ACL", "SETUSER", "few", "on", ">pw", "~other:*", "+@all", "-info", "-config")
+    few = ("ACL", "SETUSER", "few", "on", ">pw", "~other:*", "+@all", "-config")
     with told(well, *few, undo=("ACL", "DELUSER", "few")):
         well.env["REDIS_URL"] = f"redis://few:pw@{place}"
         findings = examine(well, 1)
     assert problems(findings) == {"redis.scripts"}
     assert "{ai_credits:*" in findings["redis.scripts"]["hint"]
-    assert findings["redis.access"]["status"] == "warning"
     assert PROBE_KEY.startswith("{ai_credits:")
+
+
+def test_a_redis_user_who_may_not_learn_which_process_it_talks_to_is_told_so(well: CommandLine) -> None:
+    """Nobody would notice that a restart has brought back an older state."""
+    place = well.env["REDIS_URL"].rpartition("@")[2]
+    with told(well, "ACL", "SETUSER", "few", "on", ">pw", "~*", "+@all", "-info", undo=("ACL", "DELUSER", "few")):
+        well.env["REDIS_URL"] = f"redis://few:pw@{place}"
+        findings = examine(well, 1)
+    assert problems(findings) == {"redis.reachable"}
+    assert "info" in findings["redis.reachable"]["says"]
+    assert "may not do what the gateway needs" in findings["redis.reachable"]["hint"]
 
 
 def test_pending_migrations_are_a_problem(empty: CommandLine, demo_router_url: str) -> None:
@@ -210,7 +220,7 @@ async def test_a_database_that_takes_no_writes_is_a_problem(well: CommandLine) -
 async def test_a_table_of_the_application_that_does_not_fit_is_a_problem(well: CommandLine) -> None:
     await in_database(well, "ALTER TABLE ai_credits DROP CONSTRAINT ai_credits_pkey")
     assert "not unique" in (await examine_aside(well, 1))["postgres.ai_credits"]["says"]
-    await in_database(well, "DROP TABLE ai_credits; CREATE TABLE ai_credits (organization_id uuid, amount int)")
+    await in_database(well, "DROP TABLE ai_credits CASCADE; CREATE TABLE ai_credits (organization_id uuid, amount int)")
     says = (await examine_aside(well, 1))["postgres.ai_credits"]["says"]
     assert "organization_id is uuid, not text" in says
     assert "credits is missing" in says

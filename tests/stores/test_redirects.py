@@ -8,7 +8,7 @@ import pytest
 from gateway.errors import StoreUnavailable
 from gateway.stores import Redis
 from gateway.stores.cluster import QUIET_S, Cluster
-from tests.stores.test_redis import Frozen, Stalling
+from tests.stores.test_redis import INFO, Frozen, Stalling
 from tests.waiting import until
 
 
@@ -32,6 +32,7 @@ class Contrary(Frozen):
         answers = {
             b"CLUSTER": f"*1\r\n*3\r\n:0\r\n:16383\r\n*2\r\n$9\r\n127.0.0.1\r\n:{owner}\r\n",
             b"PING": "+PONG\r\n",
+            b"INFO": INFO.decode(),
             b"ASKING": "+OK\r\n",
             b"GET": f"-{self.says} 7 127.0.0.1:{self.other or port}\r\n" if self.says else "$5\r\nfound\r\n",
         }

@@ -25,6 +25,10 @@ async def store(redis_url: str) -> AsyncIterator[Redis]:
     await redis.close()
 
 
+#: What a server says of itself, as far as anybody asks.
+INFO = b"$47\r\nrun_id:0123456789abcdef0123456789abcdef01234567\r\n"
+
+
 class Frozen:
     """A server that accepts and never says a word; what it got is in `received`."""
 
@@ -66,7 +70,7 @@ class Stalling(Frozen):
 
     async def say(self, writer: asyncio.StreamWriter, data: bytes) -> None:
         if b"PING" in data:
-            writer.write(b"+PONG\r\n")
+            writer.write(b"+PONG\r\n" + INFO)
 
 
 async def test_a_thousand_callers_get_their_own_replies(store: Redis) -> None:
@@ -178,7 +182,7 @@ class Demoted(Frozen):
 
     async def say(self, writer: asyncio.StreamWriter, data: bytes) -> None:
         if b"PING" in data:
-            writer.write(b"+PONG\r\n")
+            writer.write(b"+PONG\r\n" + INFO)
         if b"INCR" in data:
             writer.write(b"-READONLY You can't write against a read only replica.\r\n" * data.count(b"INCR"))
 
@@ -213,8 +217,8 @@ async def test_connecting_goes_on_until_the_server_is_there(unused_tcp_port: int
 
     async def pong(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError):
-            while await reader.read(65536):
-                writer.write(b"+PONG\r\n")
+            while data := await reader.read(65536):
+                writer.write(b"+PONG\r\n" + (INFO if b"INFO" in data else b""))
         writer.transport.abort()
         gone.set()
 

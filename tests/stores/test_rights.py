@@ -14,7 +14,7 @@ from gateway.config.sections import Stores
 from gateway.embedded.process import free_port
 from gateway.session import Named, Rules, Sessions
 from gateway.stores import Postgres, Redis
-from gateway.types import Calendar, Charge, Demand, Limit, Refusal
+from gateway.types import Calendar, Charge, Demand, Limit, Quote, Refusal
 from tests.cluster import cluster, sentinels
 from tests.ledger.conftest import ASKER, ORG, House, every_script, furnished
 from tests.nodes import Node, nodes
@@ -86,15 +86,15 @@ async def test_all_that_the_gateway_does_is_allowed(place: Place, database_url: 
 async def live(house: House) -> None:
     """What orgs go through: admitted, renewed, settled, posted, denied, abandoned and swept, forgotten."""
     await house.credits(10)
-    async with house.admission.hold("r1", ASKER, EVERY_KIND, CREDIT) as hold:
+    async with house.admission.hold("r1", ASKER, EVERY_KIND, Quote.flat(CREDIT)) as hold:
         assert not isinstance(hold, Refusal)
         await house.admission._heartbeat(hold)
         hold.charge = PAID
     await house.outbox.flush()
     assert (await house.account())["p"] == 9 * CREDIT
-    async with house.admission.hold("r2", ASKER, (), 100 * CREDIT) as refusal:
+    async with house.admission.hold("r2", ASKER, (), Quote.flat(100 * CREDIT)) as refusal:
         assert isinstance(refusal, Refusal)
-    abandoned = house.admission.hold("r3", ASKER, EVERY_KIND[:1], CREDIT)
+    abandoned = house.admission.hold("r3", ASKER, EVERY_KIND[:1], Quote.flat(CREDIT))
     await abandoned.__aenter__()
     await house.redis.call("ZADD", keys.deadlines(ORG), 1, "r3")
     await house.redis.call("ZADD", keys.ACTIVE_ORGS, 1, "ghost")

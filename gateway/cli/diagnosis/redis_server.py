@@ -19,26 +19,12 @@ Info = Mapping[str, str]
 async def examine_server(redis: Redis, topology: Topology, primary: bool, flush_ms: int) -> list[Finding]:
     """redis: this server alone. topology, primary: what it is meant to be. Raises GatewayError when it goes away."""
     info = await _info(redis)
-    if info is None:
-        return [
-            warning(
-                "redis.access",
-                "INFO is refused",
-                "allow this user to ask it for a full examination; requests do not need it",
-            )
-        ]
     asked = (_version(info), _role(info, topology, primary), *_memory(info), _last_save(info))
     return [*(finding for finding in asked if finding is not None), await _persistence(redis, info, flush_ms)]
 
 
-async def _info(redis: Redis) -> Info | None:
-    try:
-        text: bytes = await redis.call("INFO")
-    except StoreUnavailable:
-        # While the connection stands it was the server that refused: no right, or a renamed command.
-        if not redis.usable:
-            raise
-        return None
+async def _info(redis: Redis) -> Info:
+    text: bytes = await redis.call("INFO")
     lines = text.decode(errors="replace").splitlines()
     return {name: value for name, colon, value in (line.partition(":") for line in lines) if colon}
 
