@@ -8,7 +8,7 @@ import typer
 from gateway.cli.counters import Bounds, Counters, bounds
 from gateway.cli.invocation import JsonOption, invocation
 from gateway.cli.output import console, emit_json, remark, say, table
-from gateway.config import REFUSED_PATHS_NOTE, EffectiveRow, effective, json_schema
+from gateway.config import REFUSED_PATHS_NOTE, EffectiveGrant, EffectiveRow, effective, effective_grants, json_schema
 from gateway.errors import ConfigError
 
 
@@ -33,11 +33,14 @@ def check(
         if as_json:
             emit_json({"ok": False, "problems": exc.problems})
         raise
-    rows, memory = effective(settings), bounds(settings)
+    rows, grants, memory = effective(settings), effective_grants(settings), bounds(settings)
     if as_json:
-        emit_json({"ok": True, "rows": rows, "memory": _memory_json(memory), "note": REFUSED_PATHS_NOTE})
+        emit_json(
+            {"ok": True, "rows": rows, "plans": grants, "memory": _memory_json(memory), "note": REFUSED_PATHS_NOTE}
+        )
         return
     _print_rows(rows)
+    _print_grants(grants)
     _print_memory(memory)
     say(REFUSED_PATHS_NOTE)
     remark(f"{invoked.config} is valid")
@@ -51,10 +54,15 @@ def _print_rows(rows: list[EffectiveRow]) -> None:
         route = plans[0]
         title = f"{route.route} → {route.upstream}  (errors: {route.dialect}, tokens: {route.usage or 'not read'})"
         cells = [
-            (row.plan, row.policy, str(row.credits), str(row.price), "\n".join(map(str, row.limits)) or "none")
+            (row.plan, row.policy, str(row.credits), row.spoken_prices, "\n".join(map(str, row.limits)) or "none")
             for row in plans
         ]
         screen.print(table(("plan", "policy", "credits#", "price#", "limits"), cells, title=title), "")
+
+
+def _print_grants(grants: list[EffectiveGrant]) -> None:
+    cells = [(grant.plan, str(grant)) for grant in grants]
+    console().print(table(("plan", "credits"), cells, title="What plans bring"), "")
 
 
 def _print_memory(memory: Bounds) -> None:

@@ -1,7 +1,15 @@
 """The configuration: gateway.yaml and policies/*.yaml as frozen values, or every mistake in them at once."""
 
 from gateway.config.addresses import Network
-from gateway.config.effective import REFUSED_PATHS_NOTE, EffectiveLimit, EffectiveRow, effective
+from gateway.config.effective import (
+    REFUSED_PATHS_NOTE,
+    EffectiveGrant,
+    EffectiveLimit,
+    EffectivePrice,
+    EffectiveRow,
+    effective,
+    effective_grants,
+)
 from gateway.config.load import load, load_text
 from gateway.config.models import (
     ApiKeySource,
@@ -14,7 +22,7 @@ from gateway.config.models import (
     TrustedHeaderSource,
     WebSocket,
 )
-from gateway.config.policies import Limit, Policy, Price, SharedLimit, Tokens, When
+from gateway.config.policies import Limit, ModelPrice, Policy, Price, SharedLimit, Tokens, When
 from gateway.config.routes import MethodMismatch, RouteTable
 from gateway.config.rules import CREDITS_MAX
 from gateway.config.schema import json_schema
@@ -38,7 +46,9 @@ __all__ = [
     "REFUSED_PATHS_NOTE",
     "ApiKeySource",
     "Credits",
+    "EffectiveGrant",
     "EffectiveLimit",
+    "EffectivePrice",
     "EffectiveRow",
     "Ejection",
     "HealthCheck",
@@ -50,6 +60,7 @@ __all__ = [
     "Listen",
     "Log",
     "MethodMismatch",
+    "ModelPrice",
     "Network",
     "Plan",
     "Policy",
@@ -68,6 +79,7 @@ __all__ = [
     "WebSocket",
     "When",
     "effective",
+    "effective_grants",
     "format_duration",
     "format_size",
     "json_schema",

@@ -7,7 +7,7 @@ a value of the wrong type is simply not compared here, its own problem is the mo
 from collections.abc import Iterator, Sequence
 
 from gateway.config import rules
-from gateway.config.models import WebSocket
+from gateway.config.models import Plan, WebSocket
 from gateway.config.plain import (
     duration_ms_of,
     is_broken,
@@ -47,17 +47,6 @@ def policies_together(docs: Sequence[Document]) -> Iterator[Problem]:
             yield problem(doc, ("policy",), text)
         elif isinstance(name, str):
             first_named[name] = doc
-
-
-def messages_are_counted(gateway_doc: Document, policy_docs: Sequence[Document]) -> Iterator[Problem]:
-    """A price for messages needs a route that counts them: nothing would ever be charged."""
-    routes = [mapping_of(route) for route in listed(gateway_doc, "routes")]
-    if not routes or any(mapping_of(route.get("websocket")).get("count_messages", False) for route in routes):
-        return
-    for doc in policy_docs:
-        if mapping_of(section(doc, "price")).get("per_message") not in (None, 0, "0"):
-            text = f"charges nothing: no route in {gateway_doc.file} says websocket: {{ count_messages: true }}"
-            yield problem(doc, ("price", "per_message"), text)
 
 
 def _upstreams(doc: Document) -> Iterator[Problem]:
@@ -130,7 +119,11 @@ def _spoken(methods: frozenset[str]) -> str:
 def _plans(doc: Document, policy_names: Sequence[str] | None) -> Iterator[Problem]:
     plans = mapping_of(section(doc, "plans"))
     for name, plan in plans.items():
-        wanted = mapping_of(plan).get("policy")
+        keys, at = mapping_of(plan), ("plans", name)
+        written = {key for key, value in keys.items() if value is not None or is_broken(doc, (*at, key))}
+        for mistake in rules.plan_grant(keys.get("grant", Plan.model_fields["grant"].default), written):
+            yield mistaken(doc, at, mistake)
+        wanted = keys.get("policy")
         if policy_names is not None and isinstance(wanted, str) and wanted not in policy_names:
             yield problem(doc, ("plans", name, "policy"), unknown("policy", wanted, policy_names))
     for index, kind, source in _sources(doc):

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from gateway.config.limit_rules import TOKEN_COUNTS
 from gateway.config.limit_values import format_anchor
 from gateway.config.models import Plan, Route, Settings
-from gateway.config.policies import Limit, Policy, When
+from gateway.config.policies import Limit, Policy, Price, When
 from gateway.config.routes import overlaps
-from gateway.config.values import format_duration
+from gateway.config.values import format_duration, format_rate
 
 REFUSED_PATHS_NOTE = (
     "Every other path is refused with 404 unknown_route, and a path above with another method with 405 "
@@ -73,6 +73,25 @@ class EffectiveLimit:
 
 
 @dataclass(frozen=True, slots=True)
+class EffectivePrice:
+    """What requests for some models cost on one route. Credits; rates in micro-credits per million tokens."""
+
+    #: Globs; empty: every other model.
+    models: tuple[str, ...]
+    per_request: int
+    input_rate: int
+    output_rate: int
+
+    def __str__(self) -> str:
+        parts = [str(self.per_request)] if self.per_request or not (self.input_rate or self.output_rate) else []
+        for rate, noun in ((self.input_rate, "input"), (self.output_rate, "output")):
+            if rate:
+                parts.append(f"{format_rate(rate)} per 1M {noun} tokens")
+        text = " + ".join(parts)
+        return f"{' '.join(self.models)}: {text}" if self.models else text
+
+
+@dataclass(frozen=True, slots=True)
 class EffectiveRow:
     """What an org of `plan` meets on `route`."""
 
@@ -87,10 +106,78 @@ class EffectiveRow:
     policy: str
     #: Those of the policy, then those of all orgs together; without the ones whose `when` can never hold here.
     limits: tuple[EffectiveLimit, ...]
-    #: Credits per request.
+    #: Credits per request, whatever its model and tokens: the flat part of the policy's own price.
     price: int
+    #: The first that fits a model counts, the last is the policy's own. On a route whose tokens nobody reads there is
+    #: but the flat part.
+    prices: tuple[EffectivePrice, ...]
+    #: For a model that none of `prices` but the last fits: `deny`, `flat` (the last) or `free`; None: they fit all.
+    unknown_model: str | None
+    #: The policy has prices by token or by model that do not count here: the route has no usage reader.
+    flat_only: bool
     #: Credits of the plan.
     credits: int
+
+    @property
+    def spoken_prices(self) -> str:
+        """A line for each of `prices`."""
+        lines = [str(price) for price in self.prices]
+        match self.unknown_model:
+            case "deny":
+                lines[-1] = "other models: refused"
+            case "free":
+                lines[-1] = "other models: free"
+            case "flat":
+                lines[-1] = f"other models: {lines[-1]}"
+            case _ if self.flat_only:
+                lines[-1] += " (flat: the route has no usage reader)"
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class EffectiveGrant:
+    """What a plan brings its orgs, and when. Whole credits."""
+
+    plan: str
+    credits: int
+    #: `none`, `set_initial`, `top_up`, `reset` or `add`.
+    grant: str
+    #: None but for the last three, as the two behind it.
+    period: str | None
+    zone: str | None
+    #: None as well where periods begin with the org itself.
+    anchor_minutes: int | None
+
+    def __str__(self) -> str:
+        created = self.anchor_minutes is None
+        begins = "its creation," if created else _begins(self.period or "", self.anchor_minutes or 0)
+        when = f"each {self.period} from {begins} {self.zone}"
+        match self.grant:
+            case "top_up":
+                return f"what is missing to {self.credits}, {when}"
+            case "reset":
+                return f"{self.credits} in place of what is left, {when}"
+            case "add":
+                return f"{self.credits} on top, {when}"
+            case "set_initial":
+                return f"{self.credits} once, to a new org"
+            case _:
+                return "nothing"
+
+
+def effective_grants(settings: Settings) -> list[EffectiveGrant]:
+    """One for each plan, in the order of the configuration."""
+    return [
+        EffectiveGrant(
+            plan=name,
+            credits=plan.credits,
+            grant=plan.grant,
+            period=plan.period if plan.is_periodic else None,
+            zone=plan.zone if plan.is_periodic else None,
+            anchor_minutes=plan.anchor_minutes if plan.is_periodic else None,
+        )
+        for name, plan in settings.plans.items()
+    ]
 
 
 def effective(settings: Settings) -> list[EffectiveRow]:
@@ -118,8 +205,23 @@ def _row(settings: Settings, route: Route, plan_name: str, plan: Plan, policy: P
         policy=policy.policy,
         limits=(*own, *shared),
         price=policy.price.per_request,
+        prices=_prices(policy.price, route),
+        unknown_model=policy.price.unknown_model if policy.price.models and route.usage is not None else None,
+        flat_only=route.usage is None and _prices(policy.price, None)[0] != _flat(policy.price),
         credits=plan.credits,
     )
+
+
+def _prices(price: Price, route: Route | None) -> tuple[EffectivePrice, ...]:
+    """route: None: one that reads everything."""
+    if route is not None and route.usage is None:
+        return (_flat(price),)
+    models = [EffectivePrice(one.model, one.per_request, one.input_rate, one.output_rate) for one in price.models]
+    return (*models, EffectivePrice((), price.per_request, price.input_rate, price.output_rate))
+
+
+def _flat(price: Price) -> EffectivePrice:
+    return EffectivePrice((), price.per_request, 0, 0)
 
 
 def _meets(when: When, route: Route, plan_name: str) -> bool:

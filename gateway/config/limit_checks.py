@@ -24,6 +24,7 @@ from gateway.config.plain import (
     whole_of,
     words_of,
 )
+from gateway.config.price_checks import by_token
 from gateway.config.problems import Path, Problem, quoted, unknown
 from gateway.config.routes import overlaps
 from gateway.config.source import Document, Plain
@@ -235,9 +236,12 @@ def _price(one: _Written) -> Iterator[Problem]:
 
 
 def _prices(doc: Document) -> list[int]:
-    """What something costs under this policy, where it is more than nothing; what cannot be read counts as 1."""
+    """What something costs under this policy at least, where it is more than nothing; what cannot be read, and what
+    is charged by the token, counts as 1."""
     if is_broken(doc, ("price",)):
         return [1]
-    prices = mapping_of(section(doc, "price"))
-    read = (whole_of(prices, key, 0) for key in ("per_request", "per_message"))
-    return [1 if price is None else price for price in read if price != 0]
+    price = mapping_of(section(doc, "price"))
+    models = [mapping_of(item) for item in items_of(price.get("models"))]
+    flat = [whole_of(price, "per_message", 0), *(whole_of(one, "per_request", 0) for one in (price, *models))]
+    some = [1 if cost is None else cost for cost in flat if cost != 0]
+    return [*some, 1] if by_token(price) else some

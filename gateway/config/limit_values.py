@@ -104,6 +104,10 @@ def read_anchor(value: object, info: ValidationInfo) -> object:
     return 0 if period is None else parse_anchor(period, value)
 
 
+def _read_grant_anchor(value: object, info: ValidationInfo) -> object:
+    return None if value == "created" else read_anchor(value, info)
+
+
 def _read_zone(value: str) -> str:
     if _ZONE_NAME.fullmatch(value) and _is_zone(value):
         return value
@@ -196,3 +200,5 @@ Share: TypeAlias = Annotated[
     BeforeValidator(_read_share, json_schema_input_type=Annotated[float, Field(gt=0, le=1)] | EnvText),
 ]
 Anchor: TypeAlias = Annotated[int, BeforeValidator(read_anchor, json_schema_input_type=str | int)]
+#: The same, or None for `created`: the periods of an org begin when it was created.
+GrantAnchor: TypeAlias = Annotated[int | None, BeforeValidator(_read_grant_anchor, json_schema_input_type=str | int)]

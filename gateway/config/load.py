@@ -11,7 +11,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from gateway.config import checks, limit_checks
+from gateway.config import checks, limit_checks, price_checks
 from gateway.config.models import Settings
 from gateway.config.plain import is_broken, problem
 from gateway.config.policies import Policy
@@ -67,7 +67,7 @@ def _settle(
     settings = _model(Settings, document, base, problems)
     problems.extend(checks.policies_together(policies))
     problems.extend(limit_checks.limits(document, policies))
-    problems.extend(checks.messages_are_counted(document, policies))
+    problems.extend(price_checks.prices(document, policies))
     names = None if policy_documents is None else list(_policy_names(policy_documents))
     problems.extend(checks.gateway(document, names))
     if problems or settings is None:

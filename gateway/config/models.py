@@ -13,6 +13,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from gateway.config import rules
 from gateway.config.addresses import JwksUrl, NetworkText
+from gateway.config.limit_values import GrantAnchor, Zone
 from gateway.config.policies import Policy, SharedLimit
 from gateway.config.sections import (
     Credits,
@@ -151,6 +152,29 @@ class Plan(Section):
 
     credits: Annotated[int, whole(0, rules.CREDITS_MAX)]
     policy: Name
+    #: What a period brings: nothing; `credits` once, to an org that has no row yet (`credits.provision`); as much as is
+    #: missing to `credits`; `credits` in place of what is left of the last ones; `credits` on top.
+    grant: Literal["none", "set_initial", "top_up", "reset", "add"] = "set_initial"
+    #: For `top_up`, `reset` and `add`.
+    period: Literal["hour", "day", "week", "month"] = "month"
+    zone: Zone = "UTC"
+    #: Minutes from the natural beginning of the period; in YAML as a calendar limit's. None (`created` in YAML): the
+    #: periods of an org begin when it was created.
+    anchor_minutes: GrantAnchor = Field(default=0, alias="anchor")
+
+    @property
+    def is_periodic(self) -> bool:
+        return self.grant in rules.PERIODIC_GRANTS
+
+    def mistakes(self) -> list[rules.Mistake]:
+        written = {type(self).model_fields[name].alias or name for name in self.model_fields_set}
+        return rules.plan_grant(self.grant, written)
+
+
+#: YAML 1.1 reads a bare `off` as false.
+_OffIsWord = BeforeValidator(
+    lambda value: "off" if value is False else value, json_schema_input_type=Literal["off", "inject"]
+)
 
 
 def _one_or_more(value: object) -> object:
@@ -204,6 +228,10 @@ class Route(Section):
     on_disconnect: Literal["abort", "drain"] = "abort"
     drain_timeout_ms: Annotated[int, duration("100ms", "1h")] = Field(default=30_000, alias="drain_timeout")
     drain_bytes_max: Annotated[int, size("1KiB", "1GiB")] = 1 << 20
+    #: A request that names an Idempotency-Key is run and charged once, however often it is sent.
+    idempotency: Flag = False
+    #: A client that allows more output than its credits pay for: the upstream decides, or its request is changed.
+    enforce_max_tokens: Annotated[Literal["off", "inject"], _OffIsWord] = "off"
     #: None: a WebSocket handshake is refused here.
     websocket: WebSocket | None = None
 

@@ -18,7 +18,7 @@ from gateway.config.limit_values import (
     shared_per_words,
 )
 from gateway.config.sections import Section
-from gateway.config.values import Flag, HeaderName, Method, Name, duration, matching, whole
+from gateway.config.values import Flag, HeaderName, Method, Name, Rate, duration, matching, whole
 
 _SOME = Field(min_length=1, max_length=64)
 RoutePattern: TypeAlias = Annotated[str, matching(rules.ROUTE_PATH, rules.ROUTE_PATH_FORM)]
@@ -85,10 +85,26 @@ class SharedLimit(Limit):
     per: Annotated[tuple[SharedPerText, ...], Field(max_length=PER_MAX), shared_per_words] = ()
 
 
+class ModelPrice(Section):
+    """What models of some names cost, in place of the policy's own figures."""
+
+    #: Globs, case-sensitive. The first that fits counts.
+    model: Annotated[tuple[Glob, ...], _SOME, one_or_more_or_none]
+    per_request: Annotated[int, whole(0, rules.CREDITS_MAX)] = 0
+    input_rate: Rate = Field(default=0, alias="per_million_input_tokens")
+    output_rate: Rate = Field(default=0, alias="per_million_output_tokens")
+
+
 class Price(Section):
-    """What a request costs, in whole credits."""
+    """What a request costs, in whole credits; by the token in credits per million of them."""
 
     per_request: Annotated[int, whole(0, rules.CREDITS_MAX)] = 0
+    #: Micro-credits per million tokens; in YAML credits, with up to six decimals.
+    input_rate: Rate = Field(default=0, alias="per_million_input_tokens")
+    output_rate: Rate = Field(default=0, alias="per_million_output_tokens")
+    models: tuple[ModelPrice, ...] = Field(default=(), max_length=256)
+    #: For a model that none of `models` fits: refuse it, take the figures above, or charge nothing.
+    unknown_model: Literal["deny", "flat", "free"] = "flat"
     #: Each message of the client on a WebSocket route with `count_messages`; the connection itself costs per_request.
     per_message: Annotated[int, whole(0, rules.CREDITS_MAX)] = 0
 

@@ -20,6 +20,11 @@ ROUTE_PATH_FORM = "a route path: it starts with '/', is written decoded, and may
 #: The gateway's own endpoints; no route may take them.
 OWN_PREFIX = "/-/"
 
+SQL_NAME = r"[A-Za-z_][A-Za-z0-9_]{0,62}"
+SQL_NAME_FORM = "an SQL name: letters, digits and '_', at most 63"
+SQL_TABLE = rf"(?:{SQL_NAME}\.)?{SQL_NAME}"
+SQL_TABLE_FORM = "an SQL table: a name, or schema.name, of letters, digits and '_'"
+
 #: What of a URL comes behind the host; RFC 3986 has no other characters there.
 CHECK_PATH = r"/[A-Za-z0-9._~!$&'()*+,;=:@/?%-]*"
 CHECK_PATH_FORM = "the path of a URL: it starts with '/', and other characters than RFC 3986's are escaped"
@@ -153,3 +158,20 @@ def client_certificate(cert_file: object, key_file: object) -> list[Mistake]:
     if cert_file or not key_file:
         return []
     return [Mistake("a key proves nothing without its certificate: give client_cert_file", "client_key_file")]
+
+
+#: Plans that are granted something again and again.
+PERIODIC_GRANTS = ("top_up", "reset", "add")
+
+
+def plan_grant(grant: object, written: Collection[str]) -> list[Mistake]:
+    """`written` are the plan's YAML keys that are there with a value."""
+    if grant not in ("none", "set_initial"):
+        return []
+    article = {"anchor": "an"}
+    kinds = f"{', '.join(PERIODIC_GRANTS[:-1])} or {PERIODIC_GRANTS[-1]}"
+    return [
+        Mistake(f"only a plan with grant: {kinds} has {article.get(key, 'a')} {key}", key)
+        for key in ("period", "zone", "anchor")
+        if key in written
+    ]

@@ -168,8 +168,38 @@ class Sessions(Section):
         return [*rules.session_ttl(self.ttl_ms, self.absolute_ttl_ms), *rules.signing_key(self.signing_key)]
 
 
+_Identifier = matching(rules.SQL_NAME, rules.SQL_NAME_FORM)
+
+
 class Credits(Section):
     """The machinery of holds and the ledger; prices are in policies, amounts in plans."""
+
+    #: The application's table, its columns, and what the gateway may do to it besides changing balances: `managed`
+    #: creates it when it is missing and gives it a trigger, `attach` only the trigger, `readonly` neither.
+    table: Annotated[str, matching(rules.SQL_TABLE, rules.SQL_TABLE_FORM)] = "ai_credits"
+    org_column: Annotated[str, _Identifier] = "organization_id"
+    credits_column: Annotated[str, _Identifier] = "credits"
+    schema_: Literal["managed", "attach", "readonly"] = Field(default="managed", alias="schema")
+    #: How much of an estimate is held: all of it or nothing; what there is of it; or what is used, ahead of need.
+    hold: Literal["full", "clamp", "incremental"] = "clamp"
+    #: What a request used beyond its hold is owed, or forgiven.
+    overrun: Literal["debt", "absorb"] = "debt"
+    #: Charges reach PostgreSQL by way of Redis, or are written through to it.
+    write: Literal["behind", "through"] = "behind"
+    #: Directory in which each process notes holds and charges before they count; None: it does not.
+    journal: Annotated[Text | None, BeforeValidator(empty_is_none)] = None
+    #: When Redis lost its state: `cap` leaves to it what it may owe, `optimistic` forgets about that.
+    on_state_loss: Literal["cap", "optimistic"] = "cap"
+    #: The least that Redis may owe at once for an org, in whole credits, and in percent of its balance: what can be
+    #: spent while PostgreSQL is away.
+    cap_floor: Annotated[int, whole(1, rules.CREDITS_MAX)] = 10
+    cap_percent: Annotated[int, whole(0, 100)] = 50
+    #: How long what a lost state may have owed is left alone when some gateway cannot be asked.
+    loss_grace_ms: Annotated[int, duration("1s", "24h")] = Field(default=120_000, alias="loss_grace")
+    #: Holds while Redis is away: in PostgreSQL, or none.
+    without_redis: Literal["postgres", "refuse"] = "postgres"
+    #: Charges in memory that PostgreSQL does not have yet, per worker; beyond it 503.
+    unconfirmed_entries_max: Annotated[int, whole(1, 100_000_000)] = 100_000
 
     lease_ms: Annotated[int, duration("1s", "10m")] = Field(default=30_000, alias="lease")
     heartbeat_ms: Annotated[int, duration("100ms", "10m")] = Field(default=10_000, alias="heartbeat")
@@ -200,6 +230,8 @@ class LimitsRules(Section):
     deny_cache_entries_max: Annotated[int, whole(1, 10_000_000)] = 10_000
     #: Overrides of orgs in memory, per worker.
     overrides_max: Annotated[int, whole(1, 10_000_000)] = 100_000
+    #: While Redis is away: each worker counts its share by itself, or every request that meets a limit is refused.
+    without_redis: Literal["local", "refuse"] = "local"
 
 
 class Unauthenticated(Section):

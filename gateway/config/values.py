@@ -7,6 +7,7 @@ switches may also be written as text, because that is what `"${NAME:-100}"` beco
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Annotated, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -38,8 +39,10 @@ _DURATION_WORDS = {
 _SIZE_WORDS = {"byte": "B", "bytes": "B", "k": "KiB", "m": "MiB", "g": "GiB", "t": "TiB"}
 _QUANTITY = re.compile(r"([0-9]{1,15})\s*([A-Za-z]*)", re.ASCII)
 _DIGITS = re.compile(r"[-+]?[0-9]{1,18}", re.ASCII)
+_RATE = re.compile(r"([0-9]{1,9})(?:\.([0-9]{1,6}))?", re.ASCII)
 #: What an editor lets through in place of any scalar.
 FROM_ENV_PATTERN = r"\$\{"
+_RATE_PATTERN = r"^[0-9]{1,9}(\.[0-9]{1,6})?$|" + FROM_ENV_PATTERN
 EnvText: TypeAlias = Annotated[str, Field(pattern=FROM_ENV_PATTERN)]
 
 
@@ -158,6 +161,25 @@ def whole(low: int, high: int) -> BeforeValidator:
     return BeforeValidator(WholeReader(low, high), json_schema_input_type=form)
 
 
+def _read_rate(value: object) -> int:
+    """Credits with up to six decimals -> micro-credits."""
+    if isinstance(value, float):
+        text = f"{Decimal(repr(value)):f}"  # never 1e-06
+    else:
+        text = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
+    match = _RATE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"expected credits with at most six decimals, such as 0.25, got {describe(value)}")
+    credits, decimals = match.groups()
+    return int(credits) * 1_000_000 + int((decimals or "").ljust(6, "0"))
+
+
+def format_rate(rate_ucredits: int) -> str:
+    """Micro-credits per million tokens as credits: `0.25`"""
+    credits, decimals = divmod(rate_ucredits, 1_000_000)
+    return f"{credits}.{decimals:06}".rstrip("0").rstrip(".")
+
+
 def matching(pattern: str, form: str) -> AfterValidator:
     """Marks text that fits `pattern` whole; `form` says what that is."""
     compiled = re.compile(pattern, re.ASCII)
@@ -204,6 +226,9 @@ def empty_is_none(value: object) -> object:
     return None if value == "" else value
 
 
+Rate: TypeAlias = Annotated[
+    int, BeforeValidator(_read_rate, json_schema_input_type=int | float | Annotated[str, Field(pattern=_RATE_PATTERN)])
+]
 Flag: TypeAlias = Annotated[bool, BeforeValidator(_read_flag, json_schema_input_type=bool | EnvText)]
 Text: TypeAlias = Annotated[str, AfterValidator(_read_text)]
 Name: TypeAlias = Annotated[

@@ -4,6 +4,7 @@ A quota, not a rate: at the turn of a period twice the limit may pass within a m
 from the policy whenever it is asked, so nothing has to be reset by anybody.
 """
 
+from calendar import monthrange
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
@@ -17,6 +18,7 @@ from gateway.types import Limit
 Periods = tuple[int, int, int, int]
 
 _HOUR_MS = 3_600_000
+_DAY_MINUTES = 1440
 _MONDAY = datetime(2024, 1, 1)
 _known: dict[Rule, Periods] = {}
 
@@ -76,7 +78,7 @@ def periods(rule: Rule, at_ms: int) -> Periods:
     """The period that `at_ms` lies in, with the one before and the one after it."""
     found = _known.get(rule)
     if found is None or not found[1] <= at_ms < found[2]:
-        found = _known[rule] = _periods(rule, at_ms)
+        found = _known[rule] = work_out(rule, at_ms)
     return found
 
 
@@ -85,7 +87,8 @@ def _rule(limit: Limit) -> Rule:
     return limit.calendar
 
 
-def _periods(rule: Rule, at_ms: int) -> Periods:
+def work_out(rule: Rule, at_ms: int) -> Periods:
+    """The same as `periods`, for a rule that nobody will ask for again soon."""
     zone = ZoneInfo(rule.zone)
     local = datetime.fromtimestamp(at_ms / 1000, UTC).astimezone(zone)
     if rule.period == "hour":
@@ -123,5 +126,13 @@ def _begin_ms(rule: Rule, zone: ZoneInfo, number: int) -> int:
             natural = _MONDAY + timedelta(weeks=number)
         case _:
             natural = datetime(number // 12, number % 12 + 1, 1)
+            # A month that has no 31st begins on its last day instead.
+            missing = timedelta(days=max(0, rule.anchor_minutes // _DAY_MINUTES + 1 - _days_of(natural)))
+            natural -= missing
     begin = (natural + timedelta(minutes=rule.anchor_minutes)).replace(tzinfo=zone)
     return int(begin.timestamp() * 1000)
+
+
+def _days_of(first: datetime) -> int:
+    """How many days the month has that begins with `first`."""
+    return monthrange(first.year, first.month)[1]

@@ -7,15 +7,16 @@ Pure: it decides nothing and counts nothing. `demands` says what to take, admiss
     asking       what a request is to a policy: `Asking`, and the dimensions read from it
     subjects     whose portion it takes from: `per`
     estimate     the tokens to reserve
+    prices       what it costs, and how much of that is to be held
     demands      all of it together, for one request
     refusals     what needs no counter to be refused
 """
 
 from gateway.policy.asking import ANONYMOUS, VALUE_CHARS_MAX, Asking
 from gateway.policy.compile import CompiledPolicy, PolicySet, claims_needed, compile_limit, headers_needed
-from gateway.policy.demands import demands, message_demands, needs_peek, price_ucredits
+from gateway.policy.demands import demands, message_demands, needs_peek, quote
 from gateway.policy.estimate import token_estimate
-from gateway.policy.refusals import never_fits, request_exceeds_limit, unknown_plan
+from gateway.policy.refusals import never_fits, request_exceeds_limit, unknown_model_price, unknown_plan
 
 __all__ = [
     "ANONYMOUS",
@@ -30,8 +31,9 @@ __all__ = [
     "message_demands",
     "needs_peek",
     "never_fits",
-    "price_ucredits",
+    "quote",
     "request_exceeds_limit",
     "token_estimate",
+    "unknown_model_price",
     "unknown_plan",
 ]

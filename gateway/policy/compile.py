@@ -14,6 +14,7 @@ from gateway import config
 from gateway.config import CREDITS_MAX, Policy, Route, Settings, When
 from gateway.policy.conditions import Check, compile_when, reads_body
 from gateway.policy.estimate import TOKEN_UNITS
+from gateway.policy.prices import Prices
 from gateway.policy.subjects import Slots, compile_subject
 from gateway.types import UCREDITS_PER_CREDIT, Calendar, Demand, Limit
 
@@ -76,6 +77,8 @@ class Ask:
     costs: Mapping[str, int]
     #: Every demand, where requests differ in nothing that matters to any of them.
     ready: tuple[Demand, ...] | None
+    #: Requests differ in what they cost.
+    prices_differ: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,7 @@ class OnRoute:
 
     request: Ask
     message: Ask
-    #: Some limit here depends on what a request's body says.
+    #: Some limit here, or the price, depends on what a request's body says.
     reads_body: bool
 
 
@@ -97,11 +100,16 @@ class CompiledPolicy:
     plan: str
     #: In the order of the policy file, the shared ones last in theirs.
     rules: tuple[Rule, ...]
-    price_ucredits: int
+    prices: Prices
     #: Of each message of the client on a WebSocket route that counts them.
     per_message_ucredits: int
     default_output_tokens: int
     _on: dict[str, OnRoute] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def price_ucredits(self) -> int:
+        """The flat part of the policy's own price."""
+        return self.prices.own.flat_ucredits
 
     def on(self, route: Route) -> OnRoute:
         """This policy on `route`, one of the routes that it was compiled with."""
@@ -114,12 +122,17 @@ class CompiledPolicy:
     def _compile_on(self, route: Route) -> OnRoute:
         checked = [(rule, compile_when(rule.when, self.plan, route)) for rule in self.rules]
         here = [(rule, checks) for rule, checks in checked if checks is not None]
-        each = {"requests": 1, "concurrent": 1, "ucredits": self.price_ucredits}
+        each, counted = {"requests": 1, "concurrent": 1}, TOKEN_UNITS | {"sessions"}
+        priced = self.prices.reads_body and route.usage is not None
+        if priced:
+            counted |= {"ucredits"}
+        else:
+            each["ucredits"] = self.price_ucredits
         message = {"requests": 1, "ucredits": self.per_message_ucredits}
         return OnRoute(
-            request=_ask(here, route, each, counted=TOKEN_UNITS | {"sessions"}),
+            request=_ask(here, route, each, counted),
             message=_ask(here, route, message),
-            reads_body=any(rule.reads_body for rule, _ in here),
+            reads_body=priced or any(rule.reads_body for rule, _ in here),
         )
 
 
@@ -194,7 +207,7 @@ def _policy(plan: str, policy: Policy, rules: tuple[Rule, ...]) -> CompiledPolic
         name=policy.policy,
         plan=plan,
         rules=rules,
-        price_ucredits=policy.price.per_request * UCREDITS_PER_CREDIT,
+        prices=Prices.compile(policy.price),
         per_message_ucredits=policy.price.per_message * UCREDITS_PER_CREDIT,
         default_output_tokens=policy.tokens.default_output,
     )
@@ -222,7 +235,8 @@ def _ask(
         ready = Demand(limit, subject, cost) if isinstance(subject, str) and cost and not checks else None
         applied.append(Applied(rule, checks, subject, ready))
     ready_ones = tuple(one.ready for one in applied if one.ready is not None)
-    return Ask(tuple(applied), costs, ready_ones if len(ready_ones) == len(applied) else None)
+    all_ready = ready_ones if len(ready_ones) == len(applied) else None
+    return Ask(tuple(applied), costs, all_ready, prices_differ="ucredits" in counted)
 
 
 def _dimensions(limit: config.Limit) -> tuple[str, ...]:

@@ -2,21 +2,23 @@
 
 from collections.abc import Mapping
 
-from gateway.config import Route
+from gateway.config import Credits, Route
 from gateway.policy.asking import Asking
 from gateway.policy.compile import Applied, Ask, CompiledPolicy
 from gateway.policy.conditions import Check
 from gateway.policy.estimate import TOKEN_UNITS, token_estimate
+from gateway.policy.prices import credits_asked, quote_of
+from gateway.policy.refusals import unknown_model_price
 from gateway.policy.subjects import Memo
-from gateway.types import Demand, Limit
+from gateway.types import Demand, Limit, Peek, Quote, Refusal
 
 
 def demands(policy: CompiledPolicy, asking: Asking) -> tuple[Demand, ...]:
     """What this request asks, in the order of the policy, shared limits last: <= 1 for each limit.
 
-    A request costs 1 of requests and of concurrent, its price of credits, of tokens what `token_estimate` reserves, and
-    of sessions 1 for its session, if it has any. Where nobody reads the body (`peek` is None) token limits do not
-    apply, as `gateway check` shows.
+    A request costs 1 of requests and of concurrent, of credits what it may come to, of tokens what `token_estimate`
+    reserves, and of sessions 1 for its session, if it has any. Where nobody reads the body (`peek` is None) token
+    limits do not apply, as `gateway check` shows.
     """
     return _demands(policy, policy.on(asking.route).request, asking)
 
@@ -30,13 +32,22 @@ def message_demands(policy: CompiledPolicy, asking: Asking) -> tuple[Demand, ...
 
 def needs_peek(policy: CompiledPolicy, route: Route) -> bool:
     """The request's body must be read before the request can be judged: some limit on `route`, if only a shadow one,
-    counts tokens or depends on the model or on whether the answer is streamed."""
+    counts tokens or depends on the model or on whether the answer is streamed; or the price does."""
     return policy.on(route).reads_body
 
 
-def price_ucredits(policy: CompiledPolicy) -> int:
-    """The flat price of one request, in micro-credits."""
-    return policy.price_ucredits
+def quote(policy: CompiledPolicy, route: Route, peek: Peek | None, credits: Credits) -> Quote | Refusal:
+    """What a request may cost and how much of it is to be held. A Refusal: nobody knows what its model costs.
+
+    Where nobody reads the body (`peek` is None, or the route has no usage reader) it is the flat part of the price, as
+    `gateway check` shows.
+    """
+    price = policy.prices.of(route, peek)
+    if price is None:
+        return unknown_model_price(None if peek is None else peek.model)
+    if peek is None or not price.by_token:
+        return Quote.flat(price.flat_ucredits)
+    return quote_of(price, peek, policy.default_output_tokens, credits.hold)
 
 
 def _demands(policy: CompiledPolicy, ask: Ask, asking: Asking) -> tuple[Demand, ...]:
@@ -77,4 +88,16 @@ def _costs(policy: CompiledPolicy, ask: Ask, asking: Asking, met: list[tuple[App
         limits = [limit for _, limit in met]
         if any([limit.unit in TOKEN_UNITS for limit in limits]):
             costs |= token_estimate(asking.peek, policy.default_output_tokens, limits)
+    if ask.prices_differ and any([limit.unit == "ucredits" for _, limit in met]):
+        credits = _credits(policy, asking, met)
+        if credits:
+            costs["ucredits"] = credits
     return costs
+
+
+def _credits(policy: CompiledPolicy, asking: Asking, met: list[tuple[Applied, Limit]]) -> int:
+    price = policy.prices.of(asking.route, asking.peek)
+    if price is None:
+        return 0  # it is refused for that
+    room = [limit.capacity for _, limit in met if limit.unit == "ucredits" and not limit.shadow]
+    return credits_asked(price, asking.peek, policy.default_output_tokens, min(room, default=None))

@@ -36,3 +36,10 @@ def unknown_plan(plan: str) -> Refusal:
     """The answer for a principal whose plan has no policy here."""
     message = "The plan of this organization is not configured on this gateway."
     return Refusal(403, "unknown_plan", message, should_retry=False, details={"plan": plan})
+
+
+def unknown_model_price(model: str | None) -> Refusal:
+    """The answer for a model without a price under a policy that says `unknown_model: deny`."""
+    named = "A request that names no model" if model is None else f"The model {model!r}"
+    message = f"{named} has no price on this gateway, and the plan of this organization allows priced models only."
+    return Refusal(403, "unknown_model_price", message, should_retry=False, details={"model": model, "param": "model"})

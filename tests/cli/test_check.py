@@ -29,6 +29,38 @@ def test_check_speaks_json(gateway: CommandLine) -> None:
     ]
 
 
+PLANS = """\
+  trial: { credits: 100, policy: trial }
+  nothing: { credits: 0, policy: trial, grant: none }
+  team: { credits: 50, policy: trial, grant: reset, zone: Europe/Berlin, anchor: "15 06:00" }
+  tank: { credits: 9, policy: trial, grant: top_up, period: hour }
+  more: { credits: 7, policy: trial, grant: add, period: week, anchor: created }
+"""
+
+
+def test_check_shows_what_each_plan_brings_and_when(gateway: CommandLine) -> None:
+    gateway.configure("  trial: { credits: 100, policy: trial }\n", PLANS)
+    said = gateway.do("check")
+    for line in (
+        "100 once, to a new org",
+        "nothing",
+        "50 in place of what is left, each month from the 15th 06:00 Europe/Berlin",
+        "what is missing to 9, each hour from :00 UTC",
+        "7 on top, each week from its creation, UTC",
+    ):
+        assert line in said.out
+    told = {one["plan"]: one for one in gateway.do("check", "--json").json()["plans"]}
+    assert told["trial"]["period"] is None and told["more"]["anchor_minutes"] is None
+    assert told["team"] == {
+        "plan": "team",
+        "credits": 50,
+        "grant": "reset",
+        "period": "month",
+        "zone": "Europe/Berlin",
+        "anchor_minutes": 14 * 1440 + 360,
+    }
+
+
 def test_check_names_every_mistake_at_once(gateway: CommandLine) -> None:
     gateway.configure("upstream: router, dialect", "upstream: ruter, dialect")
     gateway.configure("credits: 100,", "credits: -1,")

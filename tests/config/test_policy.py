@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gateway import keys
-from gateway.config import Route, Settings, When, load_text
+from gateway.config import Credits, Route, Settings, When, load_text
 from gateway.policy import (
     Asking,
     CompiledPolicy,
@@ -24,7 +24,7 @@ from gateway.policy import (
     message_demands,
     needs_peek,
     never_fits,
-    price_ucredits,
+    quote,
     request_exceeds_limit,
     token_estimate,
     unknown_plan,
@@ -32,7 +32,7 @@ from gateway.policy import (
 from gateway.policy.compile import OVERRIDDEN_MAX
 from gateway.policy.conditions import compile_when
 from gateway.policy.subjects import framed, slot
-from gateway.types import Calendar, Demand, Facts, Limit, Peek, Principal
+from gateway.types import Calendar, Demand, Facts, Limit, Peek, Principal, Quote
 from tests.identity.signing import SECRET
 from tests.limits.given import demand, limit
 
@@ -116,7 +116,7 @@ def test_a_plan_lives_under_the_policy_it_names() -> None:
     policies = PolicySet.compile(loaded(rest="price: { per_request: 3 }"))
     found = policies.plan("trial")
     assert found is not None and found.name == "trial"
-    assert price_ucredits(found) == 3_000_000
+    assert quote(found, CHAT, None, Credits()) == Quote.flat(3_000_000)
     assert policies.plan("gold") is None
     refusal = unknown_plan("gold")
     assert (refusal.status, refusal.code, refusal.should_retry) == (403, "unknown_plan", False)
