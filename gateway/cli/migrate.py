@@ -6,11 +6,13 @@ import typer
 
 from gateway.cli.invocation import Invocation, JsonOption, invocation, open_ledger
 from gateway.cli.output import emit_json, say
+from gateway.ledger import Binding
 from gateway.ledger import migrate as bring_up_to_date
 
 
 def migrate(ctx: typer.Context, as_json: JsonOption = False) -> None:
-    """Bring the database to this release's schema; doing it again changes nothing."""
+    """Bring the database to this release's schema and to the table that gateway.yaml names; doing it again changes
+    nothing."""
     applied = asyncio.run(_migrate(invocation(ctx)))
     if as_json:
         emit_json({"applied": applied})
@@ -22,4 +24,4 @@ def migrate(ctx: typer.Context, as_json: JsonOption = False) -> None:
 
 async def _migrate(invoked: Invocation) -> int:
     async with open_ledger(invoked, migrated=False) as ledger:
-        return await bring_up_to_date(ledger.postgres)
+        return await bring_up_to_date(ledger.postgres, Binding.of(ledger.settings.credits))

@@ -4,10 +4,8 @@ import asyncio
 
 import pytest
 
-from gateway.ledger import migrate
 from gateway.overrides import CHANNEL, Overrides
 from gateway.stores import Postgres
-from tests import servers
 from tests.cli.conftest import CommandLine
 from tests.waiting import until
 
@@ -173,20 +171,3 @@ def test_a_database_without_the_table_is_explained(empty: CommandLine) -> None:
     said = empty("limits", "list")
     assert said.exit_code == 1
     assert "0002 limit_overrides" in said.err
-
-
-async def test_a_database_of_the_release_before_is_migrated(database_url: str) -> None:
-    postgres = Postgres(database_url, timeout_ms=5_000, pool_max=1)
-    await postgres.open()
-    try:
-        await migrate(postgres)
-        await servers.execute(
-            database_url,
-            "DROP TABLE gateway.limit_override, gateway.limit_override_change, gateway.limit_override_version;"
-            "DROP FUNCTION gateway.begin_override_change, gateway.note_override_change;"
-            "DELETE FROM gateway.migration WHERE version >= 2",
-        )
-        assert await migrate(postgres) == 1
-        await postgres.rows("INSERT INTO gateway.limit_override VALUES ('acme', 'rpm', 5)")
-    finally:
-        await postgres.close()

@@ -10,14 +10,16 @@ import pytest
 from gateway import keys
 from gateway.admission import Hold
 from gateway.errors import StoreRefused, StoreUnavailable
-from gateway.ledger import Accounts, migrate, post, read_balance
+from gateway.ledger import migrate, post, read_balance
 from gateway.ledger.migrate import migrations
 from gateway.stores import Postgres, Redis
 from gateway.stores.link import Link
-from gateway.types import Balance, Charge, Entry, Principal
+from gateway.types import Balance, Charge, Entry, Principal, Quote
 from tests import servers
-from tests.ledger.conftest import ASKER, ORG, House, every_script, rules
+from tests.ledger.audit import books_are_right
+from tests.ledger.conftest import ASKER, ORG, House, every_script, furnished
 from tests.ledger.faulty import refusing_writes
+from tests.ledger.running import gateway
 from tests.ledger.test_credits import CREDIT, PAID, pay
 from tests.limits.given import demand
 from tests.waiting import until
@@ -30,14 +32,10 @@ async def sql(house: House, statement: str) -> None:
     await house.postgres.rows(statement)
 
 
-async def books_balance(postgres: Postgres) -> None:
-    """Every balance is the sum of its ledger, for orgs with a row and for those whose row is gone."""
-    wrong = await postgres.rows(
-        "SELECT * FROM (SELECT a.org_id, coalesce(c.credits, 0)::bigint * 1000000 + a.micro AS balance,"
-        " (SELECT coalesce(sum(amount), 0) FROM gateway.ledger l WHERE l.org_id = a.org_id) AS entries"
-        " FROM gateway.account a LEFT JOIN ai_credits c ON c.organization_id = a.org_id) AS b WHERE balance <> entries"
-    )
-    assert wrong == []
+async def refreshed(house: House) -> None:
+    """Redis has every balance that somebody was told of."""
+    assert house.freshness._refreshing is not None
+    await house.freshness._refreshing
 
 
 # The application's table
@@ -56,7 +54,7 @@ async def test_the_applications_own_table_is_used_whatever_our_role_is_called(da
         assert await post(postgres, [Entry(ORG, "r1", "settle", -1)]) == [Balance(ORG, 5_000 * CREDIT - 1, 2)]
         rows = await postgres.rows("SELECT credits FROM public.ai_credits")
         assert [row["credits"] for row in rows] == [4_999]
-        await books_balance(postgres)
+        await books_are_right(postgres)
     finally:
         await postgres.close()
 
@@ -74,7 +72,7 @@ async def test_no_value_at_all_is_no_credits(database_url: str) -> None:
         assert await read_balance(postgres, "globex") == Balance("globex", 0, 2)
         await post(postgres, [Entry("globex", "r1", "settle", -CREDIT)])
         assert await read_balance(postgres, "globex") == Balance("globex", -CREDIT, 3)
-        await books_balance(postgres)
+        await books_are_right(postgres)
     finally:
         await postgres.close()
 
@@ -91,7 +89,7 @@ async def test_changes_by_hand_keep_the_books(house: House) -> None:
         "INSERT INTO ai_credits (organization_id, credits) VALUES ('acme', 4)",
     ):
         await sql(house, statement)
-        await books_balance(house.postgres)
+        await books_are_right(house.postgres)
     balance = await read_balance(house.postgres, ORG)
     assert balance is not None and balance.ucredits == 4 * CREDIT + 999_999  # the fraction had stayed behind
 
@@ -100,7 +98,7 @@ async def test_what_an_org_had_is_not_spendable_once_its_row_is_gone(house: Hous
     await house.credits(5)
     assert await pay(house, "r1") is None
     await sql(house, "DELETE FROM ai_credits")
-    house.accounts.on_notification(ORG)
+    house.freshness.on_notification(ORG)
 
     async def penniless() -> bool:
         return (await house.account())["p"] == 0
@@ -120,7 +118,7 @@ async def test_posting_to_an_org_whose_row_is_gone_takes_away_what_it_had(house:
     assert (account["p"], account["u"]) == (0, 0)
     assert await pay(house, "r2") is not None
     await sql(house, "INSERT INTO ai_credits (organization_id, credits) VALUES ('acme', 2)")
-    house.accounts.on_notification(ORG)
+    house.freshness.on_notification(ORG)
 
     async def paid() -> bool:
         return await pay(house, f"r{time.monotonic_ns()}") is None
@@ -159,7 +157,7 @@ async def test_eight_posters_of_the_same_entries_post_each_once(house: House) ->
             )
 
     await asyncio.gather(*(poster(seed) for seed in range(8)), application())
-    await books_balance(house.postgres)
+    await books_are_right(house.postgres)
     posted = await house.postgres.rows(
         "SELECT request_id FROM gateway.ledger WHERE kind = 'settle'"
         " UNION ALL SELECT request_id FROM gateway.dead_letter"
@@ -173,10 +171,9 @@ async def test_eight_posters_of_the_same_entries_post_each_once(house: House) ->
 async def test_a_top_up_that_nobody_announced_is_found_when_its_org_is_refused(house: House) -> None:
     """The listening connection was away, and the org not among the active ones that are read after such a gap."""
     assert await pay(house, "r1") is not None
-    assert house.accounts._refreshing is not None
-    await house.accounts._refreshing
+    await refreshed(house)
     await house.credits(1)  # announced, and this house does not listen
-    house.accounts._rechecked.clear()
+    house.freshness._rechecked.clear()
     await house.redis.call("DEL", keys.ACTIVE_ORGS)
     assert await pay(house, "r2") is not None
 
@@ -189,34 +186,24 @@ async def test_a_top_up_that_nobody_announced_is_found_when_its_org_is_refused(h
 async def test_an_org_that_asks_for_ever_is_read_again_only_now_and_then(house: House) -> None:
     for number in range(50):
         assert await pay(house, f"r{number}") is not None
-    assert len(house.accounts._rechecked) == 1
-    assert house.accounts._refreshing is not None
-    await house.accounts._refreshing
-    assert not house.accounts._stale
+    assert len(house.freshness._rechecked) == 1
+    await refreshed(house)
+    assert not house.freshness._stale
 
 
 async def test_a_thousand_orgs_topped_up_in_one_statement_are_all_refreshed(redis_url: str, database_url: str) -> None:
     """With a pool and deadlines that a read for each org at once would run into."""
     redis = Redis(redis_url, timeout_ms=1_000, connect_timeout_ms=1_000, scripts=every_script())
     postgres = Postgres(database_url, timeout_ms=500, pool_max=2)
-    accounts = Accounts(redis, postgres, mirror_ttl_s=3600, grants={}, provision=False)
-    redis.start()
-    await postgres.open()
-    try:
-        await migrate(postgres)
+    async with furnished(redis, postgres) as house:
         await postgres.rows(
             "INSERT INTO ai_credits SELECT 'o' || n, n FROM generate_series(1, 1000) AS n", timeout_ms=5_000
         )
         for number in range(1, 1001):
-            accounts.on_notification(f"o{number}")
-        assert accounts._refreshing is not None
-        await accounts._refreshing
+            house.freshness.on_notification(f"o{number}")
+        await refreshed(house)
         for number in (1, 500, 1000):
             assert await redis.call("HGET", keys.account(f"o{number}"), "p") == b"%d" % (number * CREDIT)
-    finally:
-        await accounts.close()
-        await redis.close()
-        await postgres.close()
 
 
 async def test_a_refresh_that_fails_is_repeated(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,21 +212,20 @@ async def test_a_refresh_that_fails_is_repeated(house: House, monkeypatch: pytes
     await house.outbox.flush()
     await sql(house, "UPDATE ai_credits SET credits = credits + 1")
     failed = asyncio.Event()
-    put = house.accounts._put
+    install = house.accounts.install
 
-    async def noticed(balance: Balance, present: bool) -> None:
+    async def noticed(balance: Balance) -> None:
         try:
-            await put(balance, present)
+            await install(balance)
         except StoreUnavailable:
             failed.set()
             raise
 
-    monkeypatch.setattr(house.accounts, "_put", noticed)
+    monkeypatch.setattr(house.accounts, "install", noticed)
     async with refusing_writes(house.redis):
-        house.accounts.on_notification(ORG)
+        house.freshness.on_notification(ORG)
         await failed.wait()
-    assert house.accounts._refreshing is not None
-    await house.accounts._refreshing
+    await refreshed(house)
     assert await pay(house, "r2") is None
 
 
@@ -248,7 +234,7 @@ async def test_a_refresh_that_fails_is_repeated(house: House, monkeypatch: pytes
 
 async def test_a_name_with_a_nul_in_it_holds_up_nobody(house: House) -> None:
     await house.credits(5)
-    async with house.admission.hold("r1", ASKER, (), CREDIT) as hold:
+    async with house.admission.hold("r1", ASKER, (), Quote.flat(CREDIT)) as hold:
         assert isinstance(hold, Hold)
         hold.charge, hold.meta = PAID, {"model": "a\0b", "user": "\\u0000"}
     await house.outbox.flush()
@@ -262,7 +248,7 @@ async def test_an_entry_the_ledger_refuses_holds_up_nobody_else(house: House) ->
     rich = Principal("rich", "pro", None, None, "api_key")
     await house.credits(1, "rich", "grant:rich")
     for asker, hold_id in ((ASKER, "r1"), (rich, "r2"), (rich, "r3"), (ASKER, "r4")):
-        async with house.admission.hold(hold_id, asker, (), 1) as hold:
+        async with house.admission.hold(hold_id, asker, (), Quote.flat(1)) as hold:
             if isinstance(hold, Hold):
                 hold.charge = Charge(1, None, True, "exact")
     # More than a balance in micro-credits can be: nothing can be added to it or taken from it.
@@ -274,9 +260,8 @@ async def test_an_entry_the_ledger_refuses_holds_up_nobody_else(house: House) ->
     assert [entry[0] for entry in await house.ledger() if entry[1] == "settle"] == ["r1", "r4"]
     # Nor does its balance hold up the refreshing of others.
     for org_id in ("rich", ORG):
-        house.accounts.on_notification(org_id)
-    assert house.accounts._refreshing is not None
-    await house.accounts._refreshing
+        house.freshness.on_notification(org_id)
+    await refreshed(house)
     for _ in range(2):
         await sql(house, "UPDATE ai_credits SET credits = credits - 9000000000000 WHERE organization_id = 'rich'")
     house.outbox.mark("rich")
@@ -287,25 +272,32 @@ async def test_an_entry_the_ledger_refuses_holds_up_nobody_else(house: House) ->
 # Lost keys and old requests
 
 
-async def test_a_settle_whose_account_was_evicted_frees_its_slot_at_once(house: House) -> None:
-    await house.credits(5)
-    async with house.admission.hold("r1", ASKER, (SLOT,), CREDIT) as hold:
-        assert isinstance(hold, Hold)
-        await house.redis.call("DEL", keys.account(ORG))
-        hold.charge = PAID
-    assert (await house.ledger())[-1] == ("r1", "settle", -CREDIT)
-    assert await house.redis.call("EXISTS", keys.holds(ORG), keys.deadlines(ORG), hold.counters[0]) == 0
-    async with house.admission.hold("r2", ASKER, (SLOT,), CREDIT) as again:
-        assert isinstance(again, Hold) and again.available_ucredits == 3 * CREDIT
-    account = await house.account()
-    assert (account["p"], account["u"], account["h"]) == (4 * CREDIT, 0, 0)
+async def test_a_settle_whose_account_was_evicted_frees_its_slot_at_once(redis_url: str, database_url: str) -> None:
+    """And its org goes on as soon as everybody has told what the account may have owed."""
+    async with gateway(redis_url, database_url) as house:
+        await house.credits(5)
+        async with house.admission.hold("r1", ASKER, (SLOT,), Quote.flat(CREDIT)) as hold:
+            assert isinstance(hold, Hold)
+            await house.redis.call("DEL", keys.account(ORG))
+            hold.charge = PAID
+        assert (await house.ledger())[-1] == ("r1", "settle", -CREDIT)
+        assert await house.redis.call("EXISTS", keys.holds(ORG), keys.deadlines(ORG), hold.counters[0]) == 0
+
+        async def admitted() -> bool:
+            hold_id = f"r{time.monotonic_ns()}"
+            async with house.admission.hold(hold_id, ASKER, (SLOT,), Quote.flat(CREDIT)) as again:
+                return isinstance(again, Hold) and again.available_ucredits == 3 * CREDIT
+
+        await until(admitted)
+        account = await house.account()
+        assert (account["p"], account["u"], account["h"]) == (4 * CREDIT, 0, 0)
 
 
 @pytest.mark.parametrize("charge", [PAID, None])
 async def test_a_swept_request_that_settles_after_a_quarter_of_an_hour(house: House, charge: Charge | None) -> None:
     """Every key whose time is up by then is gone; the sweeper's charge is corrected all the same."""
     await house.credits(5)
-    context = house.admission.hold("r1", ASKER, (SLOT,), CREDIT)
+    context = house.admission.hold("r1", ASKER, (SLOT,), Quote.flat(CREDIT))
     hold = await context.__aenter__()
     assert isinstance(hold, Hold)
     await house.redis.call("ZADD", keys.deadlines(ORG), 1, "r1")
@@ -326,7 +318,7 @@ async def test_a_swept_request_that_settles_after_a_quarter_of_an_hour(house: Ho
 async def test_what_the_sweeper_charged_too_much_cannot_be_spent_twice(house: House) -> None:
     """It comes back with the posting; a balance that is read in between has it already."""
     await house.credits(1)
-    context = house.admission.hold("r1", ASKER, (), CREDIT)
+    context = house.admission.hold("r1", ASKER, (), Quote.flat(CREDIT))
     hold = await context.__aenter__()
     assert isinstance(hold, Hold)
     await house.redis.call("ZADD", keys.deadlines(ORG), 1, "r1")
@@ -336,16 +328,15 @@ async def test_what_the_sweeper_charged_too_much_cannot_be_spent_twice(house: Ho
     house.outbox.mark(ORG)
     found, _ = await house.outbox._read([ORG], 10)
     await post(house.postgres, [item.entry for item in found])
-    house.accounts.on_notification(ORG)
-    assert house.accounts._refreshing is not None
-    await house.accounts._refreshing
+    house.freshness.on_notification(ORG)
+    await refreshed(house)
     assert await pay(house, "r2") is None
     assert await pay(house, "r3") is not None
 
 
 async def test_one_sweep_ends_all_the_holds_a_lost_gateway_left(house: House) -> None:
     await house.credits(1000)
-    holds = [house.admission.hold(f"r{number}", ASKER, (), CREDIT) for number in range(450)]
+    holds = [house.admission.hold(f"r{number}", ASKER, (), Quote.flat(CREDIT)) for number in range(450)]
     for hold in holds:
         assert isinstance(await hold.__aenter__(), Hold)
     for number in range(450):
@@ -365,11 +356,11 @@ async def test_renewing_thousands_of_leases_never_stands_in_front_of_an_admissio
     await house.credits(10_000)
     admission = house.admission
     for start in range(0, 2000, 500):
-        holds = [Hold(f"r{number}", ASKER, (), CREDIT) for number in range(start, start + 500)]
+        holds = [Hold(f"r{number}", ASKER, (), Quote.flat(CREDIT)) for number in range(start, start + 500)]
         assert await asyncio.gather(*(admission.take(hold) for hold in holds)) == [None] * 500
     last = (keys.deadlines(ORG), "r1999")
     before = await house.redis.call("ZSCORE", *last)
-    admission._rules = type(rules())(30_000, 10, 2_000, 10_000, 3600)
+    house.obey(heartbeat_ms=10)
     renewing = asyncio.create_task(admission._keep_renewing())
     queued = 0
 

@@ -17,19 +17,16 @@ from gateway.cli.diagnosis.finding import (
     warning,
 )
 from gateway.config import Settings
+from gateway.config.sections import Credits
 from gateway.errors import ConfigError, StoreUnavailable
-from gateway.ledger import pending, query
+from gateway.ledger import Binding, pending, query
 from gateway.stores import Postgres, Row
 
 VERSION_MIN = 13
 CONNECTIONS_SHARE_WARNING, CONNECTIONS_SHARE_PROBLEM = 0.8, 0.95
 DEAD_LETTERS_COUNTED_MAX = 1_000
-TABLE = "ai_credits"
-#: Column -> the types that our SQL works with.
-COLUMNS = {
-    "organization_id": ("text", "character varying"),
-    "credits": ("bigint", "integer"),
-}
+#: The types that our SQL works with, the one to be advised first.
+ORG_TYPES, CREDITS_TYPES = ("text", "character varying"), ("bigint", "integer")
 
 
 async def examine_postgres(url: str, settings: Settings) -> AsyncIterator[Finding]:
@@ -57,7 +54,7 @@ async def examine_postgres(url: str, settings: Settings) -> AsyncIterator[Findin
         yield clock_finding("postgres.clock", "PostgreSQL's", middle_ms - server["clock_ms"])
         schema = await _schema(postgres)
         yield schema
-        async for finding in _table(postgres):
+        async for finding in _table(postgres, settings.credits):
             yield finding
         if schema.name == "postgres.schema" and schema.status == "ok":
             async for finding in _ledger(postgres, settings):
@@ -136,43 +133,64 @@ async def _schema(postgres: Postgres) -> Finding:
     return ok("postgres.schema", "at this release's migrations")
 
 
-async def _table(postgres: Postgres) -> AsyncIterator[Finding]:
+async def _table(postgres: Postgres, credits: Credits) -> AsyncIterator[Finding]:
     """The application's own table, which may be older than the gateway."""
-    columns = {row["name"]: row for row in await postgres.rows(query("credits_table"))}
+    table, org, amount = credits.table, credits.org_column, credits.credits_column
+    columns = {row["name"]: row for row in await postgres.rows(query("credits_table"), table)}
+    if not columns and credits.schema_ == "managed":
+        yield warning("postgres.ai_credits", f"there is no table {table} yet", "the first migration makes it")
+        return
     if not columns:
-        yield warning("postgres.ai_credits", f"there is no table {TABLE} yet", "the first migration makes it")
+        hint = "create it, or correct credits.table"
+        yield problem("postgres.ai_credits", f"there is no table {table}", hint)
         return
     wrong = [
         f"{name} is {columns[name]['type']}, not {types[0]}" if name in columns else f"{name} is missing"
-        for name, types in COLUMNS.items()
+        for name, types in ((org, ORG_TYPES), (amount, CREDITS_TYPES))
         if name not in columns or columns[name]["type"] not in types
     ]
-    if not wrong and not columns["organization_id"]["is_unique"]:
-        wrong.append("organization_id is not unique")
+    if not wrong and not columns[org]["is_unique"]:
+        wrong.append(f"{org} is not unique")
     if wrong:
-        hint = f"{TABLE} needs organization_id text PRIMARY KEY and credits bigint NOT NULL"
-        yield problem("postgres.ai_credits", f"{TABLE}: {', '.join(wrong)}", hint)
+        hint = f"{table} needs {org} text PRIMARY KEY and {amount} bigint NOT NULL"
+        yield problem("postgres.ai_credits", f"{table}: {', '.join(wrong)}", hint)
     else:
-        yield ok("postgres.ai_credits", f"{TABLE} has the columns that are needed")
+        yield ok("postgres.ai_credits", f"{table} has the columns that are needed")
+
+
+async def _binding(postgres: Postgres, credits: Credits) -> AsyncIterator[Finding]:
+    """Does the ledger work on that table, and hear of what others change in it?"""
+    found = await postgres.row(query("binding"))
+    migrate = "run `gateway migrate`, or start the gateway again"
+    if found is None or not found["view"]:
+        yield problem("postgres.binding", f"the ledger has lost its view of {credits.table}", migrate)
+        return
+    bound = Binding(found["table_name"], found["org_column"], found["credits_column"], found["mode"])
+    if bound != Binding.of(credits):
+        says = f"the ledger works on {bound.table} ({bound.org_column}, {bound.credits_column}; {bound.mode})"
+        yield problem("postgres.binding", f"{says}: gateway.yaml says otherwise", migrate)
+    if bound.mode != "readonly" and found["enabled"] < found["needed"]:
+        state = "off" if found["triggers"] == found["needed"] else "gone"
+        says = f"a trigger on {bound.table} is {state}: changes by others are not noticed"
+        yield problem("postgres.trigger", says, f"{migrate}; what was missed becomes entries then")
 
 
 async def _ledger(postgres: Postgres, settings: Settings) -> AsyncIterator[Finding]:
     """What can only be asked of a migrated database."""
+    async for finding in _binding(postgres, settings.credits):
+        yield finding
+    table = settings.credits.table
     try:
         await postgres.rows(query("write_probe"))
     except StoreUnavailable as exc:
-        hint = f"the gateway's user must be able to write to the schema `gateway` and to {TABLE}"
+        hint = f"the gateway's user must be able to write to the schema `gateway` and to {table}"
         yield problem("postgres.write", f"cannot write: {reason(exc)}", hint)
         return
     yield ok("postgres.write", "the ledger can be written to")
-    trigger = await postgres.row(query("credits_trigger"))
-    if trigger is None or not trigger["enabled"]:
-        says = f"the trigger on {TABLE} is {'gone' if trigger is None else 'off'}: changes by others are not noticed"
-        yield problem("postgres.trigger", says, f"ALTER TABLE {TABLE} ENABLE TRIGGER note_external_change")
     lost = await postgres.row(query("dead_letters"), DEAD_LETTERS_COUNTED_MAX)
     if lost is not None and lost["entries"]:
         count = f"{lost['entries']}{' or more' if lost['entries'] == DEAD_LETTERS_COUNTED_MAX else ''}"
-        says = f"{count} charges belong to orgs without a row in {TABLE}"
+        says = f"{count} charges belong to orgs without a row in {table}"
         yield warning(
             "postgres.dead_letters", says, "see gateway.dead_letter: were those orgs deleted while they worked?"
         )
