@@ -5,13 +5,14 @@ A kind is one `.py` (how a Demand becomes a row of the script, and a counter tha
 every kind and one loop (`admit`, `settle`, ...) into the text whose SHA-1 Redis knows it by.
 """
 
+import random
 from functools import cache, lru_cache
 from importlib.resources import files
 
 from gateway.limits import calendar, concurrent, gcra, sliding
 from gateway.limits.kind import Counter, Kind
 from gateway.limits.memory import key_bytes_max
-from gateway.types import Demand, Limit
+from gateway.types import Balance, Demand, Limit
 
 KINDS: dict[str, Kind] = {
     "sliding": sliding.SLIDING,
@@ -23,13 +24,14 @@ KINDS: dict[str, Kind] = {
 #: The scripts that loop over the kinds, by file name.
 LOOPS = ("admit", "settle", "renew", "peek")
 #: The scripts that only handle credits and sessions.
-PLAIN = ("install", "applied", "orphan", "forget", "session")
+PLAIN = ("install", "applied", "orphan", "extend", "lower", "confirm", "forget", "session", "audit")
 
 #: One row of a script: algorithm, cost, capacity, and what the kind adds.
 Row = list[str | int | bytes]
 
 #: Policies have few limits; orgs with limits of their own may have many.
 _PREPARED_MAX = 65_536
+_JITTER = 0.05
 
 
 @cache
@@ -68,6 +70,25 @@ def counter_name(demand: Demand) -> str:
     return f"{name}:{demand.subject}" if demand.subject else name
 
 
+def state_row(balance: Balance) -> Row:
+    """What a script is told of an account's state."""
+    return [
+        balance.ucredits,
+        balance.version,
+        balance.set_aside_ucredits,
+        balance.cap_ucredits,
+        balance.epoch,
+        balance.period_ends_ms,
+        balance.birth,
+    ]
+
+
+def mirror_ttl_s(ttl_s: int) -> int:
+    """What `ttl_s` is for one writing of a mirror: 5 % more or less, so that what was written together does not end
+    together."""
+    return round(ttl_s * random.uniform(1 - _JITTER, 1 + _JITTER))
+
+
 def reset_ms(limit: Limit, used: int, now_ms: int) -> int | None:
     """Until all of `limit` is there again when `used` of it is taken now; None: nobody can know."""
     return KINDS[limit.kind].reset_ms(limit, used, now_ms)
@@ -93,7 +114,9 @@ __all__ = [
     "bytes_max",
     "counter",
     "counter_name",
+    "mirror_ttl_s",
     "reset_ms",
     "row",
     "script_text",
+    "state_row",
 ]

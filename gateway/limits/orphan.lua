@@ -33,7 +33,7 @@ if sums[1] then
   redis.call('HSET', account, 'u', int(unposted), 'h', int(held))
   refresh_ttl(account, unposted, held)
   if charge > 0 then
-    write_mirror(mirror, tonumber(sums[1]), unposted, ARGV[3])
+    write_mirror(mirror, tonumber(sums[1]), unposted, tonumber(ARGV[3]))
   end
 else
   redis.call('HDEL', account, 'h')

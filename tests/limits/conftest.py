@@ -15,6 +15,8 @@ CLOCK = "{ai_credits:org_acme}:test-clock"
 LEASE_MS = 30_000
 START_MS = 1_800_000_000_000
 CREDIT = 1_000_000
+#: Of the server, as far as its scripts are told.
+INCARNATION = "here"
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,24 @@ class Limiter:
         self.set_clock(now_ms)
 
     def give_credits(self, credits: int) -> None:
-        self.server.hset(keys.account(ORG), mapping={"p": credits * CREDIT, "v": 1, "u": 0, "h": 0})
+        """An account of this server that may owe all it has."""
+        ucredits = credits * CREDIT
+        self.server.hset(
+            keys.account(ORG),
+            mapping={
+                **{"p": ucredits, "v": 1, "s": 0, "c": ucredits, "ep": 1, "pe": 0},
+                **{"u": 0, "h": 0, "r": INCARNATION, "b": f"{INCARNATION}:1"},
+            },
+        )
 
     def admit(self, rid: str, *demands: Demand, hold_ucredits: int = 0) -> Verdict:
         """demands: the shadows last."""
         enforced = sum(not demand.limit.shadow for demand in demands)
-        args: limits.Row = [rid, hold_ucredits, LEASE_MS, 1000, enforced, *self._rows(demands)]
+        # The hold in full or not at all, and all of it is owed as soon as it runs.
+        holds = [hold_ucredits, hold_ucredits, hold_ucredits]
+        args: limits.Row = [rid, *holds, LEASE_MS, 1000, enforced, 1, *self._rows(demands), INCARNATION]
         reply = self._scripts["admit"](keys=self._keys(rid, demands), args=args)
-        numbers = [int(value) for value in reply[3:]]
+        numbers = [int(value) for value in reply[8:]]
         retry_ms = tuple(max(0, number) for number in numbers[1::2])
         return Verdict(reply[0].decode(), tuple(numbers[::2]), retry_ms, int(reply[1]) // 1000)
 
@@ -69,6 +81,7 @@ class Limiter:
         args: limits.Row = [rid, charge_ucredits, "{}", 3600]
         for demand, actual in actuals:
             args += [*self._rows([demand]), actual]
+        args.append(INCARNATION)
         head = self._keys(rid, demands)
         reply = self._scripts["settle"](keys=[*head[:5], keys.mirror(ORG), *head[5:]], args=args)
         return bytes(reply[0]).decode()
@@ -79,10 +92,10 @@ class Limiter:
     def release_and_charge(self, rid: str, demands: Sequence[Demand]) -> str:
         return self.settle(rid, *((demand, 0) for demand in demands), charge_ucredits=CREDIT)
 
-    def renew(self, rid: str, *demands: Demand) -> int:
-        args: limits.Row = [rid, LEASE_MS, 0, *self._rows(demands)]
+    def renew(self, rid: str, *demands: Demand, hold_ucredits: int = 0) -> str:
+        args: limits.Row = [rid, LEASE_MS, 0, hold_ucredits, *self._rows(demands), INCARNATION]
         head = self._keys(rid, demands)
-        return int(self._scripts["renew"](keys=[*head[:3], *head[4:]], args=args))
+        return bytes(self._scripts["renew"](keys=[*head[:3], *head[4:]], args=args)[0]).decode()
 
     def sweep(self, rid: str, on_expiry: str = "checkpoint") -> str:
         """What the sweeper does with a hold whose lease is over."""

@@ -1,13 +1,14 @@
-"""`gateway.admission` on a real server, with no ledger behind it."""
+"""`gateway.admission` on a real server, with hardly a ledger behind it."""
 
 import itertools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from gateway import keys, limits
-from gateway.admission import Admission, Hold, Rules, Settling
-from gateway.stores import Redis, Script
-from gateway.types import Charge, Demand, Entry, Limit, Principal, Refusal, Usage
+from gateway.admission import Admission, Hold, Powers, Rules, Settling
+from gateway.stores import INCARNATION, Redis, Script
+from gateway.types import Balance, Charge, Demand, Limit, Principal, Quote, Refusal, Usage
 from tests.ledger.faulty import FaultyRedis
 from tests.limits.conftest import CREDIT, ORG, demand
 
@@ -36,20 +37,55 @@ def rules(deny_cache_ms: int = 0, deny_cache_entries_max: int = 100) -> Rules:
         mirror_ttl_s=3_600,
         deny_cache_ms=deny_cache_ms,
         deny_cache_entries_max=deny_cache_entries_max,
+        capped=False,
+        holds_in_postgres=False,
+        counts_locally=False,
     )
 
 
 def desk(redis: Redis, rules: Rules) -> Admission:
     """The admission of one gateway. Every org has ten credits until it is told otherwise."""
+    powers = ledgerless(redis)
+    return Admission(redis, rules, Settling(redis, rules, powers), powers)
 
-    async def post(entries: Sequence[Entry]) -> None:
-        raise AssertionError(f"nothing here is lost by Redis, yet {entries} go to PostgreSQL")
 
-    async def load_balance(org_id: str, plan: str) -> None:
-        await redis.call("HSET", keys.account(org_id), "p", 10 * CREDIT, "v", 1, "u", 0, "h", 0)
+def ledgerless(redis: Redis, credits: int = 10) -> Powers:
+    """Every org has so many credits, in Redis and nowhere else."""
 
-    settling = Settling(redis, rules, post=post, mark_dirty=lambda org_id: None)
-    return Admission(redis, rules, settling, load_balance=load_balance, recheck=lambda org_id: None)
+    async def never(*asked: object) -> Any:
+        raise AssertionError(f"nothing here is lost by Redis, yet PostgreSQL is asked for {asked}")
+
+    async def nothing_new(org_id: str, plan: str) -> None:
+        return None
+
+    async def nothing_waits(org_id: str) -> None:
+        return None
+
+    async def install(balance: Balance) -> None:
+        org_id = balance.org_id
+        await redis.run(
+            Script("install", limits.script_text("install")),
+            [keys.account(org_id), keys.holds(org_id), keys.outbox(org_id), keys.mirror(org_id)],
+            [*limits.state_row(balance), 3_600, 0, INCARNATION],
+        )
+
+    return Powers(
+        load=lambda org_id, plan, need: install(Balance(org_id, credits * CREDIT, 1)),
+        raise_cap=never,
+        begin_period=nothing_new,
+        turn_period=never,
+        carry=nothing_waits,
+        recheck=lambda org_id: None,
+        refresh=lambda org_id: None,
+        recover=never,
+        post=never,
+        install=install,
+        take_in_postgres=never,
+        extend_in_postgres=never,
+        renew_in_postgres=never,
+        instances=lambda: 1,
+        mark_dirty=lambda org_id: None,
+    )
 
 
 @asynccontextmanager
@@ -73,7 +109,7 @@ async def calls(redis: FaultyRedis) -> int:
 
 
 async def ask(admission: Admission, hold_id: str, *demands: Demand, price: int = 0) -> Hold | Refusal:
-    async with admission.hold(hold_id, ASKER, demands, price) as held:
+    async with admission.hold(hold_id, ASKER, demands, Quote.flat(price)) as held:
         if isinstance(held, Hold):
             held.charge = KEPT
         return held
@@ -87,7 +123,7 @@ async def refused(admission: Admission, hold_id: str, *demands: Demand, price: i
 
 async def spend(admission: Admission, *demands: Demand) -> None:
     """Until it is refused, without anybody remembering that."""
-    fresh = desk(admission._redis, rules())
+    fresh = desk(admission.settling._redis, rules())
     for _ in range(100):
         if isinstance(await ask(fresh, f"spent{next(numbers)}", *demands), Refusal):
             return
@@ -98,7 +134,7 @@ async def used(redis: FaultyRedis, *demands: Demand) -> list[int]:
     """What counts of each now, whoever owns it: asked for in a request that is released."""
     fresh, found = desk(redis, rules()), []
     for one in demands:
-        async with fresh.hold(f"look{next(numbers)}", ASKER, (one,), 0) as held:
+        async with fresh.hold(f"look{next(numbers)}", ASKER, (one,), Quote.flat(0)) as held:
             judged = held.limits if isinstance(held, Refusal) else held.shared.states if held.shared else held.states
             found.append(judged[0].used)
     return found

@@ -11,7 +11,7 @@ import pytest
 from gateway import keys
 from gateway.admission import Admission, Hold, counter_keys
 from gateway.errors import StoreUnavailable
-from gateway.types import Charge
+from gateway.types import Charge, Quote
 from tests.ledger.faulty import FaultyRedis, Interrupted
 from tests.limits.conftest import CREDIT, ORG, demand, session
 from tests.limits.rooms import (
@@ -54,7 +54,7 @@ async def test_a_shared_limit_is_one_for_all_orgs_and_stands_in_no_orgs_slot(
 ) -> None:
     for number in range(4):
         principal = replace(ASKER, org_id=f"org{number}")
-        async with admission.hold(f"r{number}", principal, (EVERYBODY,), 0) as held:
+        async with admission.hold(f"r{number}", principal, (EVERYBODY,), Quote.flat(0)) as held:
             assert isinstance(held, Hold) == (number < 3)
             if isinstance(held, Hold):
                 held.charge = KEPT
@@ -86,7 +86,7 @@ async def test_what_everybody_shares_is_given_back_when_the_org_is_refused(
 async def test_what_everybody_shares_is_given_back_when_the_request_never_reached_its_upstream(
     admission: Admission, redis: FaultyRedis
 ) -> None:
-    async with admission.hold("r1", ASKER, (EVERYBODY, UPSTREAM, RPH), CREDIT) as held:
+    async with admission.hold("r1", ASKER, (EVERYBODY, UPSTREAM, RPH), Quote.flat(CREDIT)) as held:
         assert isinstance(held, Hold) and held.shared is not None
         assert [state.limit.name for state in held.states + held.shared.states] == ["rph", "everybody", "up"]
     assert await used(redis, EVERYBODY, UPSTREAM, RPH) == [0, 0, 0]
@@ -106,7 +106,7 @@ async def test_a_shared_limit_alone_needs_nothing_of_the_org(admission: Admissio
 
 async def test_the_leases_of_shared_places_are_renewed_too(admission: Admission, redis: FaultyRedis) -> None:
     slots = counter_keys(keys.SHARED, [UPSTREAM])[0]
-    async with admission.hold("r1", ASKER, (UPSTREAM, PARALLEL), 0) as held:
+    async with admission.hold("r1", ASKER, (UPSTREAM, PARALLEL), Quote.flat(0)) as held:
         assert isinstance(held, Hold) and held.shared is not None
         before = float(await redis.call("ZSCORE", slots, "r1"))
         while float(await redis.call("ZSCORE", slots, "r1")) <= before:
@@ -122,7 +122,7 @@ async def test_whatever_fails_at_any_command_nothing_stays_taken(
     for command in itertools.count(1):
         redis.arm(command, fault)
         with suppress(StoreUnavailable):
-            async with admission.hold(f"r{command}", ASKER, demands, CREDIT) as held:
+            async with admission.hold(f"r{command}", ASKER, demands, Quote.flat(CREDIT)) as held:
                 assert isinstance(held, Hold)
         met = redis.sent >= command
         late, redis.fault_at = redis.late, 0
@@ -147,7 +147,7 @@ async def test_cancelled_in_any_wait_nothing_stays_taken(
         await spend(admission, RPH)
 
     async def request(hold_id: str) -> None:
-        async with admission.hold(hold_id, ASKER, demands, CREDIT):
+        async with admission.hold(hold_id, ASKER, demands, Quote.flat(CREDIT)):
             await asyncio.sleep(0)
 
     for wait in itertools.count(1):
@@ -165,7 +165,7 @@ async def test_cancelled_in_any_wait_nothing_stays_taken(
 
 async def test_states_stand_in_the_order_of_the_demands_the_shadows_behind_them(admission: Admission) -> None:
     shadow = replace(TPH, limit=replace(TPH.limit, shadow=True))
-    async with admission.hold("r1", ASKER, (shadow, PARALLEL, RPH), 0) as held:
+    async with admission.hold("r1", ASKER, (shadow, PARALLEL, RPH), Quote.flat(0)) as held:
         assert isinstance(held, Hold)
         assert [(state.limit.name, state.used, state.remaining) for state in held.states] == [
             ("parallel", 0, 1),
@@ -177,7 +177,7 @@ async def test_states_stand_in_the_order_of_the_demands_the_shadows_behind_them(
 async def test_a_shadow_that_was_not_taken_is_not_settled(admission: Admission, redis: FaultyRedis) -> None:
     shadow = replace(TPH, limit=replace(TPH.limit, limit=500, shadow=True))
     for number in range(3):
-        async with admission.hold(f"r{number}", ASKER, (shadow, RPH), 0) as held:
+        async with admission.hold(f"r{number}", ASKER, (shadow, RPH), Quote.flat(0)) as held:
             assert isinstance(held, Hold)
             held.charge = used_tokens(390)
     assert await used(redis, shadow, RPH) == [390, 3]
@@ -186,7 +186,7 @@ async def test_a_shadow_that_was_not_taken_is_not_settled(admission: Admission, 
 async def test_an_admission_whose_reply_was_lost_leaves_no_estimate_behind(
     admission: Admission, redis: FaultyRedis
 ) -> None:
-    async with admission.hold("before", ASKER, (TPH,), 0) as held:
+    async with admission.hold("before", ASKER, (TPH,), Quote.flat(0)) as held:
         assert isinstance(held, Hold)
         held.charge = used_tokens(100)
     redis.arm(1, "reply lost")
@@ -218,7 +218,7 @@ async def test_an_admission_that_was_asked_twice_gives_everything_back(
 ) -> None:
     """What it took itself fills the limit when it is judged again; it is given back all the same."""
     full = demand(400, HOUR_MS, 400, unit="tokens", name="full")
-    hold = Hold("r1", ASKER, (full, PARALLEL), 0)
+    hold = Hold("r1", ASKER, (full, PARALLEL), Quote.flat(0))
     assert await admission.take(hold) is None
     assert await admission.take(hold) is None
     assert [state.retry_ms > 0 for state in hold.states] == [True, False]
@@ -241,7 +241,7 @@ async def test_an_admission_that_was_asked_twice_gives_everything_back(
 async def test_an_end_books_what_the_outcome_table_says(
     admission: Admission, redis: FaultyRedis, charge: Charge | None, left: list[int]
 ) -> None:
-    async with admission.hold("r1", ASKER, (RPH, TPH), 0) as held:
+    async with admission.hold("r1", ASKER, (RPH, TPH), Quote.flat(0)) as held:
         assert isinstance(held, Hold)
         held.charge = charge
     assert await used(redis, RPH, TPH) == left

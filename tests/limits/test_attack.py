@@ -19,7 +19,7 @@ from gateway.cli.counters import Bounds, Counters, bounds
 from gateway.config import Settings, load_text
 from gateway.downstream.facts import fresh_id
 from gateway.policy import Asking, PolicySet, demands
-from gateway.types import Calendar, Demand, Facts, Peek, Principal
+from gateway.types import Calendar, Demand, Facts, Peek, Principal, Quote
 from tests.limits.conftest import ORG, Limiter, calendar, demand, gcra, session
 
 BOTH = pytest.mark.parametrize("stores", ["embedded", "system"], indirect=True)
@@ -99,7 +99,7 @@ class Crowd:
             hold_id, ends = fresh_id(), self._chance.random() < 0.98
             for owner in (keys.SHARED, ORG):
                 mine = tuple(one for one in wanted if one.limit.shared is (owner == keys.SHARED))
-                hold = Hold(hold_id, asking.principal, mine, 0, owner=owner)
+                hold = Hold(hold_id, asking.principal, mine, Quote.flat(0), owner=owner)
                 self._admit(pipeline, hold)
                 if ends:
                     self._settle(pipeline, hold)
@@ -125,7 +125,7 @@ class Crowd:
 
     def _admit(self, pipeline: Any, hold: Hold) -> None:
         names = [*account_keys(hold), *counter_keys(hold.owner, hold.demands)]
-        args: limits.Row = [hold.hold_id, 0, LEASE_MS, 1_000, hold.enforced, *_rows(hold.demands)]
+        args: limits.Row = [hold.hold_id, 0, 0, 0, LEASE_MS, 1_000, hold.enforced, 0, *_rows(hold.demands), ""]
         pipeline.evalsha(self._shas["admit"], len(names), *names, *args)
 
     def _settle(self, pipeline: Any, hold: Hold) -> None:
@@ -133,6 +133,7 @@ class Crowd:
         args: limits.Row = [hold.hold_id, 0, "{}", 3_600]
         for one in hold.demands:
             args += [*_rows((one,)), 0 if one.limit.unit == "concurrent" else one.cost + 1]
+        args.append("")  # of no server: nothing here has an account
         pipeline.evalsha(self._shas["settle"], len(names), *names, *args)
 
     def _remember(self, pipeline: Any, asking: Asking) -> None:

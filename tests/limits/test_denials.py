@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from gateway.admission import Admission, Hold, Rules, denials
-from gateway.types import Charge, Demand, Limit, Refusal
+from gateway.types import Charge, Demand, Limit, Quote, Refusal
 from tests.ledger.faulty import FaultyRedis
 from tests.limits.conftest import CREDIT, demand, gcra, session
 from tests.limits.rooms import (
@@ -111,7 +111,7 @@ async def test_a_denial_is_never_remembered_for_longer_than_it_lasts(
 
 @pytest.mark.parametrize("charge", [None, replace(KEPT, keep_requests=False)], ids=["never reached", "released"])
 async def test_a_release_in_this_process_lets_the_next_one_in(remembering: Admission, charge: Charge | None) -> None:
-    async with remembering.hold("r1", ASKER, (RPH,), 0) as held:
+    async with remembering.hold("r1", ASKER, (RPH,), Quote.flat(0)) as held:
         assert isinstance(held, Hold)
         await spend(remembering, RPH)
         await refused(remembering, "r2", RPH)
@@ -123,7 +123,7 @@ async def test_a_denial_that_is_judged_before_a_release_and_noted_during_it_is_f
     remembering: Admission, redis: FaultyRedis
 ) -> None:
     async with AsyncExitStack() as running:
-        await running.enter_async_context(remembering.hold("r1", ASKER, (RPH,), 0))
+        await running.enter_async_context(remembering.hold("r1", ASKER, (RPH,), Quote.flat(0)))
         await spend(remembering, RPH)
         late = asyncio.create_task(ask(remembering, "r2", RPH))
         await asyncio.sleep(0)  # it has been sent, in front of the settle
@@ -134,7 +134,7 @@ async def test_a_denial_that_is_judged_before_a_release_and_noted_during_it_is_f
 async def test_a_request_that_ends_as_it_should_changes_nothing_of_what_is_remembered(
     remembering: Admission, redis: FaultyRedis
 ) -> None:
-    async with remembering.hold("r1", ASKER, (RPH,), 0) as held:
+    async with remembering.hold("r1", ASKER, (RPH,), Quote.flat(0)) as held:
         assert isinstance(held, Hold)
         await spend(remembering, RPH)
         await refused(remembering, "r2", RPH)
@@ -172,7 +172,7 @@ async def test_limits_that_are_given_back_to_all_the_time_are_never_remembered(
 ) -> None:
     async with AsyncExitStack() as running:
         for number in range(2):
-            await running.enter_async_context(remembering.hold(f"r{number}", ASKER, (TPH, PARALLEL), 0))
+            await running.enter_async_context(remembering.hold(f"r{number}", ASKER, (TPH, PARALLEL), Quote.flat(0)))
         for wanted in (TPH, PARALLEL):
             asked = await calls(redis)
             for number in range(3):
@@ -186,7 +186,7 @@ async def test_what_else_did_not_fit_is_told_again_too_so_nobody_is_sent_back_to
 ) -> None:
     """Tokens keep an hour, requests half a second: who is told half a second would be refused once more."""
     quick = gcra(2, 1_000, 1, name="rps")
-    async with remembering.hold("tokens", ASKER, (TPH,), 0) as held:
+    async with remembering.hold("tokens", ASKER, (TPH,), Quote.flat(0)) as held:
         assert isinstance(held, Hold)
         held.charge = KEPT
         await spend(remembering, TPH)

@@ -13,7 +13,7 @@ from redis.crc import key_slot
 
 from gateway import keys
 from gateway.admission import Admission, Hold, account_keys, counter_keys
-from gateway.types import Calendar, Demand, Refusal
+from gateway.types import Calendar, Demand, Quote, Refusal
 from tests.limits.conftest import CREDIT, LEASE_MS, ORG, START_MS, Limiter, calendar, demand, gcra, session
 from tests.limits.every import EVERY, another
 from tests.limits.rooms import ASKER, KEPT, connected, desk, rules, used_tokens
@@ -23,6 +23,8 @@ HOUR_MS = 3_600_000
 RPM = demand(10, HOUR_MS, name="rpm")
 TPM = demand(1_000, HOUR_MS, 100, unit="tokens", name="tpm")
 PARALLEL = demand(4, 0, unit="concurrent", name="parallel")
+
+FREE = Quote.flat(0)
 
 numbers = itertools.count()
 Fleet = Callable[[], Admission]
@@ -38,7 +40,7 @@ async def fleet(redis_url: str) -> AsyncIterator[Fleet]:
 
 async def ask(gateway: Admission, hold_id: str, *demands: Demand, price: int = 0) -> bool:
     """A request that was admitted and has ended, or was not."""
-    async with gateway.hold(hold_id, ASKER, demands, price) as held:
+    async with gateway.hold(hold_id, ASKER, demands, Quote.flat(price)) as held:
         if isinstance(held, Hold):
             held.charge = KEPT
         return isinstance(held, Hold)
@@ -64,7 +66,7 @@ async def test_litellm_27900_16011_requests_in_flight_are_counted_over_all_worke
     one, two = fleet(), fleet()
     async with AsyncExitStack() as running:
         held = [
-            await running.enter_async_context((one, two)[number % 2].hold(f"r{number}", ASKER, (PARALLEL,), 0))
+            await running.enter_async_context((one, two)[number % 2].hold(f"r{number}", ASKER, (PARALLEL,), FREE))
             for number in range(6)
         ]
     assert [isinstance(one, Hold) for one in held] == [True] * 4 + [False] * 2
@@ -101,10 +103,10 @@ async def test_litellm_18730_23775_parallel_calls_cannot_all_read_zero_tokens_an
 async def test_wso2_2932_a_token_limit_counts_the_tokens_that_were_reported(fleet: Fleet) -> None:
     """And not one for each request."""
     gateway, wanted = fleet(), demand(100, HOUR_MS, 1, unit="tokens", name="tpm")
-    async with gateway.hold("r1", ASKER, (wanted,), 0) as held:
+    async with gateway.hold("r1", ASKER, (wanted,), FREE) as held:
         assert isinstance(held, Hold)
         held.charge = used_tokens(150)
-    async with gateway.hold("r2", ASKER, (wanted,), 0) as refused:
+    async with gateway.hold("r2", ASKER, (wanted,), FREE) as refused:
         assert isinstance(refused, Refusal)
         assert refused.details["used"] == 150
 
@@ -151,7 +153,7 @@ def test_envoy_ratelimit_32_around_a_full_minute_the_limit_is_not_admitted_twice
 def test_litellm_15066_14968_11961_all_keys_of_one_call_lie_in_one_slot(limiter: Limiter) -> None:
     principal = ASKER
     for owner in (ORG, keys.SHARED):
-        hold = Hold("r1", principal, tuple(EVERY.values()), CREDIT, owner=owner)
+        hold = Hold("r1", principal, tuple(EVERY.values()), Quote.flat(CREDIT), owner=owner)
         names = [*account_keys(hold), *counter_keys(owner, hold.demands), keys.mirror(owner)]
         assert len({key_slot(name.encode()) for name in names}) == 1
 
@@ -194,7 +196,7 @@ async def test_litellm_27955_30020_a_cancelled_request_gives_its_place_back_once
     gateway, inside = fleet(), asyncio.Event()
 
     async def stream() -> None:
-        async with gateway.hold("r1", ASKER, (PARALLEL,), CREDIT):
+        async with gateway.hold("r1", ASKER, (PARALLEL,), Quote.flat(CREDIT)):
             inside.set()
             await asyncio.Event().wait()
 
@@ -205,7 +207,8 @@ async def test_litellm_27955_30020_a_cancelled_request_gives_its_place_back_once
     assert (gateway.open_count, gateway.settling.backlog_count) == (0, 0)
     async with AsyncExitStack() as running:
         held = [
-            await running.enter_async_context(gateway.hold(f"n{number}", ASKER, (PARALLEL,), 0)) for number in range(5)
+            await running.enter_async_context(gateway.hold(f"n{number}", ASKER, (PARALLEL,), FREE))
+            for number in range(5)
         ]
     assert [isinstance(one, Hold) for one in held] == [True] * 4 + [False]
 

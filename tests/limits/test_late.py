@@ -94,7 +94,7 @@ def test_a_request_that_is_renewed_gives_back_its_estimate_however_long_it_took(
     limiter.admit("r1", wanted, slot)
     tombstone = keys.tombstone(ORG, "r1")
     limiter.server.expire(tombstone, 5)  # as after 895 s
-    assert limiter.renew("r1", wanted, slot) == 0  # it holds no credits
+    assert limiter.renew("r1", wanted, slot) == "OK"
     assert limiter.server.ttl(tombstone) > 890
     limiter.wait(3_600_000)
     limiter.release("r1", wanted, slot)
@@ -127,7 +127,7 @@ def test_a_hold_is_swept_when_its_lease_is_over_and_not_before_and_later_if_it_i
     limiter.admit("r1", hold_ucredits=CREDIT)
     limiter.wait(LEASE_MS - 1)
     assert limiter.sweep("r1") == "ALIVE"
-    assert limiter.renew("r1") == 1
+    assert limiter.renew("r1", hold_ucredits=CREDIT) == "OK"
     limiter.wait(LEASE_MS - 1)
     assert limiter.sweep("r1") == "ALIVE"
     limiter.wait(1)

@@ -26,7 +26,11 @@ def release(limiter: Limiter) -> str:
 
 
 def renew(limiter: Limiter) -> str:
-    return str(limiter.renew("r1", *ALL))
+    return limiter.renew("r1", *ALL, hold_ucredits=CREDIT)
+
+
+def renew_without_credits(limiter: Limiter) -> str:
+    return limiter.renew("r1", *ALL)
 
 
 Step = Callable[[Limiter], str]
@@ -39,9 +43,9 @@ AGAIN: list[tuple[str, tuple[Step, ...], Step, str]] = [
     ("admitted after its settle", (admit, settle), admit, "GONE"),
     ("admitted after its release", (admit, release), admit, "GONE"),
     ("admitted after a release that came first", (release,), admit, "GONE"),
-    ("renewed after its settle", (admit, settle), renew, "0"),
-    ("renewed after its release", (admit, release), renew, "0"),
-    ("renewed without having been admitted", (), renew, "0"),
+    ("renewed after its settle", (admit, settle), renew, "GONE"),
+    ("renewed after its release", (admit, release), renew, "GONE"),
+    ("renewed without having been admitted", (), renew_without_credits, "OK"),
 ]
 
 
@@ -69,7 +73,17 @@ def test_renewing_again_in_the_same_millisecond_changes_no_key(limiter: Limiter)
     limiter.wait(5_000)
     renew(limiter)
     before = limiter.dump()
-    assert renew(limiter) == "1"
+    assert renew(limiter) == "OK"
+    assert limiter.dump() == before
+
+
+def test_a_hold_that_was_lost_is_written_once_however_often_it_is_renewed(limiter: Limiter) -> None:
+    limiter.give_credits(10)
+    assert renew(limiter) == "OK"
+    before = limiter.dump()
+    assert limiter.server.hgetall(keys.holds(ORG)) == {b"r1": b"%d:0" % CREDIT}
+    assert limiter.server.hget(keys.account(ORG), "h") == b"%d" % CREDIT
+    assert renew(limiter) == "OK"
     assert limiter.dump() == before
 
 
