@@ -14,15 +14,15 @@ import structlog
 from prometheus_client import generate_latest
 from starlette.applications import Starlette
 
-from gateway import __version__, admission, floodgate, limits, session
-from gateway.admission import Admission, Settling
+from gateway import __version__, floodgate, limits, session
 from gateway.config import RouteTable, Settings
 from gateway.downstream import Receive, Send
 from gateway.errors import ConfigError, StoreUnavailable
 from gateway.identity import Identity, Powers, open_identity
 from gateway.identity.api_key import CHANNEL as KEYS_CHANNEL
 from gateway.identity.api_key import key_loader
-from gateway.ledger import CREDITS_CHANNEL, Accounts, Outbox, Sweeper, migrate, pending, post
+from gateway.ledger import Binding, migrate, pending
+from gateway.money import Money
 from gateway.ops import Health, Probe, ops_app, watch_gauges
 from gateway.overrides import CHANNEL as LIMITS_CHANNEL
 from gateway.overrides import Overrides
@@ -47,7 +47,7 @@ class Gateway:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        stores, credits = settings.stores, settings.credits
+        stores = settings.stores
         every = [Script(name, limits.script_text(name)) for name in (*limits.LOOPS, *limits.PLAIN)]
         connect_ms = stores.redis_connect_timeout_ms
         self.redis = Redis(
@@ -60,43 +60,8 @@ class Gateway:
         self.postgres = Postgres(
             stores.postgres, timeout_ms=stores.postgres_timeout_ms, pool_max=stores.postgres_pool_max
         )
-        mirror_ttl_s = credits.mirror_ttl_ms // 1000
-        self._accounts = Accounts(
-            self.redis,
-            self.postgres,
-            mirror_ttl_s=mirror_ttl_s,
-            grants={name: plan.credits for name, plan in settings.plans.items()},
-            provision=credits.provision,
-        )
-        self._outbox = Outbox(
-            self._background_redis,
-            self.postgres,
-            flush_ms=credits.flush_ms,
-            batch_max=credits.batch_max,
-            mirror_ttl_s=mirror_ttl_s,
-        )
-        self._sweeper = Sweeper(
-            self._background_redis,
-            self._outbox.mark,
-            sweep_ms=credits.sweep_ms,
-            mirror_ttl_s=mirror_ttl_s,
-            on_expiry=credits.on_expiry,
-        )
-        rules = admission.Rules(
-            lease_ms=credits.lease_ms,
-            heartbeat_ms=credits.heartbeat_ms,
-            settle_timeout_ms=credits.settle_timeout_ms,
-            outbox_entries_max=credits.outbox_entries_max,
-            mirror_ttl_s=mirror_ttl_s,
-            deny_cache_ms=settings.limits.deny_cache_ms,
-            deny_cache_entries_max=settings.limits.deny_cache_entries_max,
-        )
-        self.settling = Settling(
-            self.redis, rules, post=lambda entries: post(self.postgres, entries), mark_dirty=self._outbox.mark
-        )
-        self.admission = Admission(
-            self.redis, rules, self.settling, load_balance=self._accounts.load, recheck=self._accounts.recheck
-        )
+        self.money = Money(settings, self.redis, self._background_redis, self.postgres)
+        self.admission, self.settling = self.money.admission, self.money.settling
         self.overrides = Overrides(self.postgres, entries_max=settings.limits.overrides_max)
         self.upstreams = Upstreams(settings.upstreams)
         self.floodgate = floodgate.Floodgate(_floodgate_rules(settings), _monotonic_ms)
@@ -116,6 +81,7 @@ class Gateway:
         self.redis.start()
         self._background_redis.start()
         await self.postgres.open()
+        await self.money.open()
         self._identity = open_identity(
             settings.identity,
             Powers(
@@ -129,26 +95,21 @@ class Gateway:
         self.postgres.listen(
             {
                 KEYS_CHANNEL: self._identity.on_notification,
-                CREDITS_CHANNEL: self._accounts.on_notification,
                 LIMITS_CHANNEL: self.overrides.on_notification,
+                **self.money.channels,
             },
             on_connect=self._announcements_may_be_missed,
         )
         for name, work in (
             ("migrate", self._migrate),
-            ("admission", self.admission.run),
-            ("outbox", self._outbox.run),
-            ("sweeper", self._sweeper.run),
+            *self.money.work,
             ("health checks", self.upstreams.run),
             ("overrides", self._follow_overrides),
         ):
             self._tasks.append(asyncio.create_task(_forever(name, work), name=name))
         watch_gauges(
             self.metrics,
-            admission=self.admission,
-            settling=self.settling,
-            outbox=self._outbox,
-            sweeper=self._sweeper,
+            rooms=self.money,
             upstreams=self.upstreams,
             floodgate=self.floodgate,
             overrides=self.overrides,
@@ -159,6 +120,7 @@ class Gateway:
                 floodgate=self.floodgate,
                 identity=self._identity,
                 policies=PolicySet.compile(settings),
+                credits=settings.credits,
                 overrides=self.overrides,
                 admission=self.admission,
                 sessions=Sessions(self.redis, _session_rules(settings)),
@@ -170,21 +132,17 @@ class Gateway:
                 client_idle_ms=settings.listen.client_idle_ms,
                 via=settings.listen.via,
                 limit_headers=settings.limits.headers,
+                idempotency=self.money.idempotency,
             )
         )
 
     async def close(self) -> None:
         """Requests have ended and are settled, the outbox is posted as far as the stores allow, nothing runs."""
-        await self.admission.drain(CLOSE_TIMEOUT_S)
-        try:
-            async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await self._outbox.flush()
-        except (StoreUnavailable, TimeoutError) as exc:
-            log.warning("outbox left for the next gateway", error=str(exc))
+        await self.money.drain(CLOSE_TIMEOUT_S)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._accounts.close()
+        await self.money.close()
         if self._identity is not None:
             await self._identity.close()
         await self.upstreams.aclose()
@@ -200,7 +158,7 @@ class Gateway:
         """The schema is at this release's version, however long PostgreSQL makes us wait."""
         while not self._migrated:
             try:
-                await migrate(self.postgres)
+                await migrate(self.postgres, _binding(self._settings))
                 self._migrated = True
             except StoreUnavailable as exc:
                 log.warning("schema not migrated yet", error=str(exc))
@@ -219,7 +177,7 @@ class Gateway:
     def _announcements_may_be_missed(self) -> None:
         if self._identity is not None:
             self._identity.drop_all()
-        self._accounts.refresh_all()
+        self.money.freshness.refresh_all()
         self.overrides.refresh_all()
 
     async def _fetch(self, url: str) -> bytes:
@@ -250,7 +208,7 @@ class Gateway:
             return ask
 
         return (
-            Probe("redis", ask_redis, without="down"),
+            Probe("redis", ask_redis, without=_without_redis(self._settings), or_else="postgres"),
             Probe("postgres", ask_postgres, without="degraded"),
             *(Probe(f"upstream:{name}", ask_upstream(name), without="degraded") for name in self._settings.upstreams),
         )
@@ -307,6 +265,17 @@ class App:
 
 def create_app(settings: Settings) -> App:
     return App(settings)
+
+
+def _without_redis(settings: Settings) -> str:
+    """What Redis's absence makes of the whole."""
+    refused = "refuse" in (settings.credits.without_redis, settings.limits.without_redis)
+    return "down" if refused else "degraded"
+
+
+def _binding(settings: Settings) -> Binding:
+    credits = settings.credits
+    return Binding(credits.table, credits.org_column, credits.credits_column, credits.schema_)
 
 
 def _session_rules(settings: Settings) -> session.Rules:

@@ -12,6 +12,7 @@ GatewayError
 ├── StoreUnavailable        503  Redis or PostgreSQL did not answer in time
 │   ├── StoreRefused        503  it did answer: what it was given can never be stored
 │   └── UnknownBalance      503  the org's balance is not cached and PostgreSQL cannot be asked
+├── OutOfCredits            402  the credits were used up in mid-stream
 ├── ShuttingDown            503  the gateway ends before the request did
 ├── UpstreamBusy            503  all its connections are in use and the queue is full, or was too slow
 ├── UpstreamUnreachable     502  no connection: the upstream never saw the request
@@ -141,6 +142,14 @@ class UnknownBalance(StoreUnavailable):
 
     code = "credits_unavailable"
     retry_after_s = 2
+
+
+class OutOfCredits(GatewayError):
+    """The credits of this organization are used up; the answer ends here."""
+
+    code = "insufficient_credits"
+    status = 402
+    should_retry = False
 
 
 class ShuttingDown(GatewayError):

@@ -26,7 +26,7 @@ def tag(owner: str) -> str:
 
 
 def account(org_id: str) -> str:
-    """Hash: p posted balance, v its ledger version, u settled but unposted, h held, l last time seen in ms."""
+    """Hash: PostgreSQL's state of the org, and what only Redis knows; field by field in limits/prelude.lua."""
     return f"{tag(org_id)}:a"
 
 
@@ -68,6 +68,11 @@ def session_record(org_id: str, session_digest: str) -> str:
 def session_index(org_id: str) -> str:
     """Zset: session key -> time last seen, bounding the sessions of one org."""
     return f"{tag(org_id)}:si"
+
+
+def turn(work: str) -> str:
+    """String with a TTL: one of the gateways does this work now, the others need not."""
+    return f"{tag(SHARED)}:turn:{work}"
 
 
 def digest(text: str) -> str:

@@ -83,6 +83,12 @@ class Record:
     settled_at_us: int | None = None
     shared_judged_at_us: int | None = None
     shared_settled_at_us: int | None = None
+    #: `redis`, or `local` while Redis is away and this process counts its share by itself.
+    judged_by: str = "redis"
+    #: What the hold came to in the end, for a price by the token.
+    held_ucredits: int | None = None
+    #: The maximum that the request's body was changed to name.
+    max_tokens_set: int | None = None
     response_bytes: int = 0
     #: Of a WebSocket: what passed, the code of the first close frame, and why the gateway ended it, if it did.
     messages_in: int | None = None
@@ -114,6 +120,7 @@ class Metrics(Collector):
         self._charged_ucredits: Counter[str] = Counter()
         self._tokens: Counter[tuple[str, str]] = Counter()
         self._limits: Counter[tuple[str, str]] = Counter()
+        self._judged_locally: Counter[str] = Counter()
         self._phases: dict[str, _Distribution] = {}
         self.registry.register(self)
 
@@ -140,6 +147,8 @@ class Metrics(Collector):
                 self._limits[judged["name"], "would_refuse" if "shadow" in judged else "refused"] += 1
             elif "warned" in judged:
                 self._limits[judged["name"], "warned"] += 1
+        if record.judged_by == "local":
+            self._judged_locally["admitted" if record.outcome is not None else "refused"] += 1
         if record.outcome is not None:
             self._outcomes[record.outcome, record.basis or "none"] += 1
         if record.plan is not None:
@@ -166,6 +175,11 @@ class Metrics(Collector):
             "Limits that did not fit, would not have if they were no shadows, or were nearly used up.",
             labels=("limit", "verdict"),
         )
+        local = CounterMetricFamily(
+            "gateway_limits_judged_locally",
+            "Requests whose limits this process judged by itself, because Redis was away.",
+            labels=("verdict",),
+        )
         tokens = CounterMetricFamily(
             "gateway_tokens", "Tokens metered, by plan and direction.", labels=("plan", "direction")
         )
@@ -177,6 +191,8 @@ class Metrics(Collector):
             charged.add_metric((plan,), ucredits)
         for direction, count in self._tokens.items():
             tokens.add_metric(direction, count)
+        for judgement, count in self._judged_locally.items():
+            local.add_metric((judgement,), count)
         for verdict, count in self._limits.items():
             limits.add_metric(verdict, count)
         phases = HistogramMetricFamily(
@@ -186,7 +202,7 @@ class Metrics(Collector):
         )
         for phase, distribution in self._phases.items():
             phases.add_metric((phase,), distribution.buckets(), distribution.sum_s)
-        yield from (requests, phases, outcomes, charged, tokens, limits)
+        yield from (requests, phases, outcomes, charged, tokens, limits, local)
 
 
 class _Distribution:
@@ -253,6 +269,7 @@ def _fields(record: Record) -> dict[str, Any]:
         "settled_at_us": record.settled_at_us,
         "shared_judged_at_us": record.shared_judged_at_us,
         "shared_settled_at_us": record.shared_settled_at_us,
+        "judged_by": record.judged_by if record.judged_by != "redis" else None,
         "outcome": record.outcome,
         "org": record.org_id,
         "user": record.user_id,
@@ -276,6 +293,8 @@ def _fields(record: Record) -> dict[str, Any]:
         "output_tokens": record.output_tokens,
         "charged_ucredits": record.charged_ucredits,
         "basis": record.basis,
+        "held_ucredits": record.held_ucredits,
+        "max_tokens_set": record.max_tokens_set,
         "available_ucredits": record.available_ucredits,
         "response_bytes": record.response_bytes,
         "request_bytes": record.request_bytes,

@@ -188,6 +188,45 @@ class Outcome(StrEnum):
     CLIENT_LEFT = "client_left"
     #: The gateway itself ended it: it was shutting down, or the answer broke a bound.
     CUT = "cut"
+    #: The gateway ended it because the org's credits were used up.
+    OUT_OF_CREDITS = "out_of_credits"
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What one request costs: flat, and by the token at rates in micro-credits per million tokens."""
+
+    flat_ucredits: int = 0
+    input_rate: int = 0
+    output_rate: int = 0
+
+    @property
+    def by_token(self) -> bool:
+        return bool(self.input_rate or self.output_rate)
+
+    def of(self, input_tokens: int, output_tokens: int) -> int:
+        """Micro-credits, rounded up once."""
+        millionths = input_tokens * self.input_rate + output_tokens * self.output_rate
+        return self.flat_ucredits - (-millionths // 1_000_000)
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """What a request may cost and how much of it is to be held, before it runs. All in micro-credits."""
+
+    price: Price
+    #: To be held; less will do, down to `least_ucredits`.
+    want_ucredits: int
+    least_ucredits: int
+    #: The charge when nobody learns what was used.
+    estimate_ucredits: int
+    #: By how much a hold grows when what was used comes near it; 0: it does not.
+    step_ucredits: int = 0
+
+    @classmethod
+    def flat(cls, ucredits: int) -> "Quote":
+        """For a price that is known before."""
+        return cls(Price(ucredits), ucredits, ucredits, ucredits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +250,7 @@ class Entry:
 
     org_id: str
     request_id: str
-    #: `opening`, `grant`, `external`, `settle`, `orphan`, `correction`.
+    #: `opening`, `grant`, `external`, `settle`, `orphan`, `correction`, `expire`.
     kind: str
     amount_ucredits: int
     meta: Mapping[str, Any] = field(default_factory=dict)
@@ -219,11 +258,24 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Balance:
-    """An org's posted balance in PostgreSQL, as of ledger `version`."""
+    """An org's account in PostgreSQL as of `version`, which grows with every change of any of it."""
 
     org_id: str
+    #: Posted.
     ucredits: int
     version: int
+    #: What of it may not be spent through Redis: held in PostgreSQL itself, or possibly owed by a state of Redis that
+    #: was lost.
+    set_aside_ucredits: int = 0
+    #: What Redis may owe at once, holds and unposted charges together.
+    cap_ucredits: int = 0
+    #: Grows whenever the cap goes to another Redis hash; `birth` is of the one that has it, empty when none has.
+    epoch: int = 1
+    birth: str = ""
+    #: End of the current grant period, in ms since 1970; 0: there is none.
+    period_ends_ms: int = 0
+    #: The org has a row in the application's table.
+    present: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,7 @@ def test_every_metric_is_named_before_the_first_request() -> None:
         ("gateway_charged_ucredits", "counter"),
         ("gateway_tokens", "counter"),
         ("gateway_limit_verdicts", "counter"),
+        ("gateway_limits_judged_locally", "counter"),
     }
 
 

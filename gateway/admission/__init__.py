@@ -10,6 +10,7 @@ lost the account it goes to PostgreSQL directly. Reading balances and posting ar
 
 from gateway.admission.desk import Admission
 from gateway.admission.hold import Hold, Rules, account_keys, actual_of, counter_keys
+from gateway.admission.powers import Journal, Powers
 from gateway.admission.settling import Settling
 
-__all__ = ["Admission", "Hold", "Rules", "Settling", "account_keys", "actual_of", "counter_keys"]
+__all__ = ["Admission", "Hold", "Journal", "Powers", "Rules", "Settling", "account_keys", "actual_of", "counter_keys"]

@@ -1,28 +1,36 @@
-"""Taking every demand and the credit hold, all or nothing, and renewing their leases while the request runs."""
+"""Taking every demand and the credit hold, all or nothing, wherever that can be done.
+
+    limits and credits in Redis, in one trip          as long as Redis is there (`write: behind`)
+    limits in Redis, then credits in PostgreSQL       `write: through`
+    limits in this process, credits in PostgreSQL     while Redis is away (`without_redis`)
+
+A failure after which Redis may have taken them all the same is none of these: what it may have taken is undone, and the
+request is refused.
+"""
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
 from types import TracebackType
 
 import structlog
 
-from gateway import keys, limits
+from gateway import keys
+from gateway.admission.asking import Asking
 from gateway.admission.denials import Denials
 from gateway.admission.hold import Hold, Rules, account_keys, counter_keys
+from gateway.admission.leases import Leases
+from gateway.admission.local import LocalLimits
+from gateway.admission.powers import Powers
 from gateway.admission.refusals import credit_refusal, limit_refusal
 from gateway.admission.settling import Settling
-from gateway.admission.states import session_known, states_of
-from gateway.errors import StoreUnavailable
-from gateway.stores import Redis, Script
-from gateway.types import Demand, Principal, Refusal
+from gateway.admission.states import ADMITTED, AVAILABLE, OWNED, note_verdict
+from gateway.errors import StoreRefused, StoreUnavailable, UnknownBalance
+from gateway.stores import Redis
+from gateway.types import Demand, Principal, Quote, Refusal
 
-#: How often an org is marked as active; the sweeper forgets only orgs that were silent for much longer.
-ACTIVE_MARK_S = 30.0
-ACTIVE_MARKS_MAX = 100_000
 DRAIN_POLL_S = 0.02
-#: Renewals in one write: a burst of thousands would keep every admission behind it past its deadline.
-TOGETHER = 100
+#: What a request asks that costs nothing.
+NOTHING = Quote.flat(0)
 
 log = structlog.get_logger("gateway.admission")
 
@@ -30,26 +38,15 @@ log = structlog.get_logger("gateway.admission")
 class Admission:
     """`hold()` for the walk; `run()` renews leases and retries settles until it is cancelled; then `drain()`."""
 
-    def __init__(
-        self,
-        redis: Redis,
-        rules: Rules,
-        settling: Settling,
-        *,
-        load_balance: Callable[[str, str], Awaitable[None]],
-        recheck: Callable[[str], None],
-    ) -> None:
-        """load_balance: installs an org's balance in Redis. recheck: an org was refused for want of credits."""
-        self._redis = redis
+    def __init__(self, redis: Redis, rules: Rules, settling: Settling, powers: Powers) -> None:
         self._rules = rules
         self.settling = settling
-        self._load_balance = load_balance
-        self._recheck = recheck
-        self._admit = Script("admit", limits.script_text("admit"))
-        self._renew = Script("renew", limits.script_text("renew"))
+        self._powers = powers
+        self._leases = Leases(redis, rules, powers)
+        self._asking = Asking(redis, rules, powers, self._leases)
         self._denials = Denials(rules.deny_cache_ms, rules.deny_cache_entries_max)
+        self._local = LocalLimits(powers.instances)
         self._open: dict[str, Hold] = {}
-        self._active_marks: dict[str, float] = {}
 
     @property
     def open_count(self) -> int:
@@ -61,24 +58,29 @@ class Admission:
         """Denials that this process remembers."""
         return len(self._denials)
 
-    def hold(self, hold_id: str, principal: Principal, demands: tuple[Demand, ...], price_ucredits: int) -> "Holding":
-        """Inside the block everything in `demands` and `price_ucredits` is held; a Refusal instead means that nothing
+    def hold(self, hold_id: str, principal: Principal, demands: tuple[Demand, ...], quote: Quote) -> "Holding":
+        """Inside the block everything in `demands` and what `quote` wants is held; a Refusal instead means that nothing
         was taken. Leaving the block settles `Hold.charge`, shielded from cancellation.
 
-        Raises StoreUnavailable within the stores' deadlines. Shape after Envoy's DoLimit: a list in, all or nothing.
+        Raises StoreUnavailable within the stores' deadlines, as UnknownBalance when nobody can tell what the org may
+        spend. Shape after Envoy's DoLimit: a list in, all or nothing.
         """
         if any(demand.limit.shared for demand in demands):
             own = tuple(demand for demand in demands if not demand.limit.shared)
-            hold = Hold(hold_id, principal, own, price_ucredits)
+            hold = Hold(hold_id, principal, own, quote)
             shared = tuple(demand for demand in demands if demand.limit.shared)
-            hold.shared = Hold(hold_id, principal, shared, 0, owner=keys.SHARED)
+            hold.shared = Hold(hold_id, principal, shared, NOTHING, owner=keys.SHARED)
         else:
-            hold = Hold(hold_id, principal, demands, price_ucredits)
+            hold = Hold(hold_id, principal, demands, quote)
         return Holding(self, hold)
+
+    # Taking
 
     async def take(self, hold: Hold) -> Refusal | None:
         """Everything is taken, or nothing is and the answer says why. What no org owns is asked first, by a script of
         its own: it lives in another place of a cluster."""
+        if hold.ucredits and self.settling.is_full:
+            raise UnknownBalance(detail="too many charges wait for PostgreSQL in this process")
         parts = [part for part in (hold.shared, hold) if part is not None and (part.demands or part.ucredits)]
         for part in parts:
             part.keys, part.counters = account_keys(part), counter_keys(part.owner, part.demands)
@@ -97,8 +99,23 @@ class Admission:
                     await self._end(*taken)
                 return refusal
             taken.append(part)
+        if not hold.keys:
+            hold.judged_by = taken[0].judged_by  # nothing of its own was judged
         self._open[hold.hold_id] = hold
+        if hold.ucredits and hold.where == "redis":
+            await self._promise(hold)
         return None
+
+    async def _promise(self, hold: Hold) -> None:
+        """What is held in Redis is known wherever it has to be before the request may go on."""
+        try:
+            if self._leases.is_stale(hold.owner, hold.epoch):
+                await self._powers.recover(hold.owner)
+            if (journal := self._powers.journal) is not None:
+                await journal.held(hold.hold_id, hold.owner, hold.ucredits, hold.used_ucredits)
+        except BaseException:
+            await self.give_back(hold)
+            raise
 
     async def give_back(self, hold: Hold) -> None:
         """What `take` took has ended as `hold.charge` says."""
@@ -110,69 +127,116 @@ class Admission:
         await self._end(shared, *([hold] if hold.keys else []))
 
     async def _end(self, *holds: Hold) -> None:
+        elsewhere = holds
+        for hold in holds:
+            if hold.judged_by == "local":
+                self._local.settle(hold)
+                if hold.where == "redis":
+                    elsewhere = tuple(other for other in elsewhere if other is not hold)
         try:
-            await self.settling.end(*holds)
+            await self.settling.end(*elsewhere)
         finally:
             # Not before: denials that the server judged before it have been noted by now.
             for hold in holds:
                 self._denials.drop(hold, released=hold.charge is None or not hold.charge.keep_requests)
 
     async def _take(self, hold: Hold) -> Refusal | None:
-        try:
-            return await self._judge(hold)
-        except StoreUnavailable as exc:
-            if exc.ambiguous:
+        wanted_ucredits, in_postgres = hold.ucredits, self._rules.through
+        if wanted_ucredits:
+            await self._powers.begin_period(hold.owner, hold.principal.plan)
+        if in_postgres:
+            hold.ucredits = 0
+        if hold.demands or hold.ucredits:
+            try:
+                refusal = await self._judge(hold)
+            except StoreUnavailable as exc:
+                if exc.ambiguous:
+                    self.settling.keep(hold)
+                if exc.ambiguous or not self._goes_on_without_redis(hold, exc):
+                    raise
+                refusal, in_postgres = self._local.take(hold), True
+            except BaseException:
+                # No reply: the server may have admitted, or may still. A release makes a late admission impossible.
                 self.settling.keep(hold)
-            raise
-        except BaseException:
-            # No reply: the server may have admitted, or may still. A release makes a late admission impossible.
-            self.settling.keep(hold)
-            raise
+                raise
+            if refusal is not None:
+                return refusal
+        if in_postgres and wanted_ucredits:
+            return await self._hold_in_postgres(hold)
+        return None
+
+    def _goes_on_without_redis(self, hold: Hold, failure: StoreUnavailable) -> bool:
+        """It is Redis that cannot be asked, not PostgreSQL, and nothing is wrong with what it was asked."""
+        if isinstance(failure, UnknownBalance | StoreRefused):
+            return False
+        rules = self._rules
+        return (not hold.demands or rules.counts_locally) and (not hold.ucredits or rules.holds_in_postgres)
 
     async def _judge(self, hold: Hold) -> Refusal | None:
+        """Redis's verdict."""
         asked_at_s = time.monotonic()
-        reply = await self._ask(hold)
-        if reply[0] == b"MISS":
-            await self._load_balance(hold.principal.org_id, hold.principal.plan)
-            reply = await self._ask(hold)
-        status = reply[0].decode()
-        hold.judged_at_us = int(reply[1])
-        admitted = status in ("OK", "DUP")
-        numbers = [int(value) for value in reply[3:]]
-        hold.states, hold.session_known = states_of(hold, numbers, admitted), session_known(hold, numbers)
-        if admitted:
-            if hold.ucredits:
-                hold.available_ucredits = int(reply[2]) - hold.ucredits
+        reply = await self._asking.admit(hold)
+        if self._local:
+            self._local.drop(hold.owner)
+        status = note_verdict(hold, reply)
+        if status in ADMITTED:
             return None
         if status == "DENY":
             self._denials.note(hold, asked_at_s)
             return limit_refusal(hold.states)
         if status in ("NOCREDIT", "INFLIGHT"):
-            if status == "NOCREDIT":
-                self._recheck(hold.principal.org_id)
-            return credit_refusal(status, hold.ucredits, int(reply[2]))
-        raise StoreUnavailable(detail=f"admission of {hold.hold_id}: {status}")
+            return self._credit_refusal(hold, status, int(reply[AVAILABLE]), int(reply[OWNED]))
+        if status == "FULL":
+            raise UnknownBalance(detail=f"the outbox of {hold.owner} is full: charges wait for PostgreSQL")
+        raise StoreRefused(detail=f"admission of {hold.hold_id}: {status}")
 
-    async def _ask(self, hold: Hold) -> list[bytes]:
-        rules = self._rules
-        if hold.owner is not keys.SHARED:
-            self._mark_active(hold.owner)
-        args: limits.Row = [hold.hold_id, hold.ucredits, rules.lease_ms, rules.outbox_entries_max, hold.enforced]
-        now_ms = _wall_ms()
-        for demand in hold.demands:
-            args += limits.row(demand, now_ms)
-        reply: list[bytes] = await self._redis.run(self._admit, [*hold.keys, *hold.counters], args)
-        return reply
+    async def _hold_in_postgres(self, hold: Hold) -> Refusal | None:
+        """The limits are taken; PostgreSQL's verdict on the credits. Unless it is yes, the limits are given back."""
+        quote = hold.quote
+        least_ucredits = min(max(1, quote.least_ucredits), quote.want_ucredits)
+        try:
+            taken = await self._powers.take_in_postgres(
+                hold.owner, hold.hold_id, quote.want_ucredits, least_ucredits, quote.price.flat_ucredits
+            )
+        except BaseException as exc:
+            if not isinstance(exc, StoreUnavailable) or exc.ambiguous:
+                hold.where = "postgres"  # or not: nobody knows whether it is held there
+            await self._undo(hold)
+            if isinstance(exc, StoreUnavailable):
+                raise UnknownBalance(detail=exc.detail) from exc
+            raise
+        if taken.status in ADMITTED:
+            hold.where, hold.ucredits = "postgres", taken.held_ucredits
+            hold.available_ucredits = taken.available_ucredits - taken.held_ucredits
+            return None
+        await self._undo(hold)
+        if taken.status == "GONE":
+            raise StoreRefused(detail=f"admission of {hold.hold_id}: it has ended already")
+        return self._credit_refusal(hold, taken.status, taken.available_ucredits, taken.owned_ucredits)
 
-    def _mark_active(self, org_id: str) -> None:
-        """The sweeper of every gateway will look at this org. Rides on the admission's own write."""
-        now = time.monotonic()
-        if now - self._active_marks.get(org_id, -ACTIVE_MARK_S) < ACTIVE_MARK_S or not self._redis.usable:
-            return
-        if len(self._active_marks) >= ACTIVE_MARKS_MAX:
-            self._active_marks.clear()
-        self._active_marks[org_id] = now
-        self._redis.send_detached("ZADD", keys.ACTIVE_ORGS, int(time.time() * 1000), org_id)
+    def _credit_refusal(self, hold: Hold, status: str, available_ucredits: int, owned_ucredits: int) -> Refusal:
+        self._powers.recheck(hold.owner)
+        return credit_refusal(status, hold.quote, available_ucredits, owned_ucredits)
+
+    async def _undo(self, hold: Hold) -> None:
+        if hold.demands or hold.where == "postgres":
+            await self._end(hold)
+
+    # While it runs
+
+    async def extend(self, hold: Hold, ucredits: int) -> int:
+        """The hold has grown by what is returned, `ucredits` at most; 0: nothing is left, or nobody can tell."""
+        try:
+            if hold.where == "redis":
+                granted = await self._asking.extend(hold, ucredits)
+            else:
+                taken = await self._powers.extend_in_postgres(hold.owner, hold.hold_id, ucredits)
+                granted = taken.held_ucredits if taken.status == "OK" else 0
+        except StoreUnavailable as exc:
+            log.info("hold not extended", hold=hold.hold_id, error=str(exc))
+            return 0
+        hold.ucredits += granted
+        return granted
 
     async def run(self) -> None:
         """Leases are renewed and kept settles retried, for ever."""
@@ -183,21 +247,29 @@ class Admission:
     async def _keep_renewing(self) -> None:
         while True:
             await asyncio.sleep(self._rules.heartbeat_ms / 1000)
-            holds = [part for hold in self._open.values() for part in (hold, hold.shared) if part and part.keys]
-            for at in range(0, len(holds), TOGETHER):
-                await asyncio.gather(*(self._heartbeat(hold) for hold in holds[at : at + TOGETHER]))
+            await self._leases.beat(
+                [part for hold in self._open.values() for part in (hold, hold.shared) if part and part.keys]
+            )
 
     async def _heartbeat(self, hold: Hold) -> None:
-        if hold.owner is not keys.SHARED:
-            self._mark_active(hold.owner)
-        args: limits.Row = [hold.hold_id, self._rules.lease_ms, hold.ucredits]
-        now_ms = _wall_ms()
-        for demand in hold.demands:
-            args += limits.row(demand, now_ms)
-        try:
-            await self._redis.run(self._renew, [*hold.keys[:3], hold.keys[4], *hold.counters], args)
-        except StoreUnavailable as exc:
-            log.debug("lease not renewed", hold=hold.hold_id, error=str(exc))
+        await self._leases.beat([hold])
+
+    # After a loss
+
+    async def answered(self, org_id: str) -> None:
+        """Every admission and extension of the org that was under way has its answer, or was given up."""
+        await self._asking.answered(org_id)
+
+    async def register(self, org_id: str, epoch: int) -> tuple[int, str]:
+        """The account of the org in Redis was lost, and `epoch` is that of another one: whatever this process holds for
+        the org is in that one, and whatever it has charged the org is in PostgreSQL. Returns what the account owes in
+        all, and its birth; 0 and "" when nothing is held. What is admitted by the lost one from now on looks after
+        itself (`Powers.recover`). Raises StoreUnavailable when that is not so."""
+        self._leases.expect(org_id, epoch)
+        holds = [one for one in self._open.values() if one.owner == org_id and one.where == "redis" and one.ucredits]
+        owed_ucredits, birth = await self._leases.register(org_id, holds)
+        await self.settling.resubmit(org_id)
+        return owed_ucredits, birth
 
     async def drain(self, timeout_s: float) -> None:
         """Requests that are being ended have settled, and settles that were kept are in Redis or at least in the
@@ -235,7 +307,3 @@ class Holding:
     ) -> None:
         if self._taken:
             await self._admission.give_back(self.hold)
-
-
-def _wall_ms() -> int:
-    return time.time_ns() // 1_000_000

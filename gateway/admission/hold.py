@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gateway import keys, limits
-from gateway.types import Charge, Demand, Entry, LimitState, Principal
+from gateway.types import Balance, Charge, Demand, Entry, LimitState, Principal, Quote
 
 _TOKEN_UNITS = ("tokens", "input_tokens", "output_tokens")
 
@@ -22,6 +22,15 @@ class Rules:
     #: How long a denial is remembered in this process, and how many are; 0: none.
     deny_cache_ms: int = 0
     deny_cache_entries_max: int = 0
+    #: Redis owes at most its cap (`on_state_loss: cap`).
+    capped: bool = True
+    #: Every hold is in PostgreSQL (`write: through`), or those for which Redis is away (`without_redis: postgres`).
+    through: bool = False
+    holds_in_postgres: bool = True
+    #: Limits are counted here while Redis is away; else such requests are refused.
+    counts_locally: bool = True
+    #: Charges that PostgreSQL does not have yet, in this process.
+    unconfirmed_entries_max: int = 100_000
 
 
 @dataclass(slots=True, eq=False)
@@ -32,7 +41,19 @@ class Hold:
     principal: Principal
     #: Those that may refuse, then the shadows.
     demands: tuple[Demand, ...]
-    ucredits: int
+    quote: Quote
+    #: Held for it: what was wanted, or less; what more was granted later is in it.
+    ucredits: int = 0
+    #: Used so far; the walk keeps it current while an answer passes.
+    used_ucredits: int = 0
+    #: More was asked for, and may have been granted already.
+    extending: bool = False
+    #: Where the credits are held: `redis` or `postgres`.
+    where: str = "redis"
+    #: Who judged the limits: `redis`, or this process while Redis was away (`local`).
+    judged_by: str = "redis"
+    #: The epoch of the account in Redis that the credits are held in.
+    epoch: int = 0
     #: Whose keys it stands in: the org's, or keys.SHARED.
     owner: str = ""
     #: Redis time of admission or refusal and of the settlement, in us; 0 while unknown.
@@ -48,6 +69,10 @@ class Hold:
     available_ucredits: int | None = None
     #: What leaving the block books. None: the upstream never saw the request, everything is given back.
     charge: Charge | None = None
+    #: How it ended is in the journal.
+    noted: bool = False
+    #: Its charge is in PostgreSQL, which Redis does not know yet: the state that says so.
+    posted: Balance | None = None
     #: Goes into the ledger entry beside the amount.
     meta: Mapping[str, Any] = field(default_factory=dict)
     #: What it takes of limits that no org owns.
@@ -59,6 +84,8 @@ class Hold:
 
     def __post_init__(self) -> None:
         self.owner = self.owner or self.principal.org_id
+        self.ucredits = self.quote.want_ucredits
+        self.used_ucredits = self.quote.price.flat_ucredits
         if any(demand.limit.shadow for demand in self.demands):
             self.demands = tuple(sorted(self.demands, key=lambda demand: demand.limit.shadow))
 
@@ -107,7 +134,7 @@ def counters_by_demand(hold: Hold) -> Iterator[tuple[Demand, str]]:
 def entry_of(hold: Hold) -> Entry:
     """The ledger's line for the hold as it ended."""
     charge = hold.charge
-    amount_ucredits = charge.ucredits if charge and hold.ucredits else 0
+    amount_ucredits = charge.ucredits if charge and hold.quote.want_ucredits else 0
     meta = {**hold.meta, "basis": charge.basis} if charge else {}
     return Entry(hold.owner, hold.hold_id, "settle", -amount_ucredits, meta)
 

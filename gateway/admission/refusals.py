@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from gateway.types import UCREDITS_PER_CREDIT, Limit, LimitState, Refusal
+from gateway.types import UCREDITS_PER_CREDIT, Limit, LimitState, Quote, Refusal
 
 
 def limit_refusal(states: Sequence[LimitState]) -> Refusal:
@@ -33,15 +33,19 @@ def limit_refusal(states: Sequence[LimitState]) -> Refusal:
     )
 
 
-def credit_refusal(status: str, price_ucredits: int, available_ucredits: int) -> Refusal:
-    """402 when the money is gone, 429 when it is only held by requests in flight."""
+def credit_refusal(status: str, quote: Quote, available_ucredits: int, owned_ucredits: int) -> Refusal:
+    """402 when the money is gone or too little, 429 when it is only held by requests in flight."""
     details = {
-        "required_credits": price_ucredits / UCREDITS_PER_CREDIT,
+        "required_credits": quote.least_ucredits / UCREDITS_PER_CREDIT,
         "available_credits": max(0, available_ucredits) / UCREDITS_PER_CREDIT,
+        "held_credits": max(0, owned_ucredits - available_ucredits) / UCREDITS_PER_CREDIT,
     }
     if status == "INFLIGHT":
         message = "The remaining credits of this organization are held by requests in flight."
         return Refusal(429, "credits_in_flight", message, retry_after_ms=1000, details=details)
+    if owned_ucredits > 0:
+        message = "This request may cost more than all the credits of this organization."
+        return Refusal(402, "request_exceeds_balance", message, should_retry=False, details=details)
     message = "This organization has no credits left for this request."
     return Refusal(402, "insufficient_credits", message, should_retry=False, details=details)
 

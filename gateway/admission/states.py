@@ -1,4 +1,4 @@
-"""What the script's numbers say of each limit. Pure."""
+"""What the reply to an admission says of the hold and of each limit. Pure."""
 
 from collections.abc import Sequence
 
@@ -6,8 +6,25 @@ from gateway import limits
 from gateway.admission.hold import Hold
 from gateway.types import LimitState
 
+#: Where it says what, in front of the pairs of the limits; amounts in micro-credits.
+STATUS, JUDGED_AT_US, AVAILABLE, OWNED, GRANTED, EPOCH, NEED, BIRTH, HEAD = range(9)
+ADMITTED = ("OK", "DUP")
+
 #: What `sliding_sessions` says in place of the retry_ms.
 _HAS_RECORD = -2
+
+
+def note_verdict(hold: Hold, reply: Sequence[bytes]) -> str:
+    """The hold knows what was judged and granted; returns the status."""
+    status = reply[STATUS].decode()
+    admitted = status in ADMITTED
+    hold.judged_at_us = int(reply[JUDGED_AT_US])
+    numbers = [int(value) for value in reply[HEAD:]]
+    hold.states, hold.session_known = states_of(hold, numbers, admitted), session_known(hold, numbers)
+    if admitted and hold.ucredits:
+        hold.ucredits, hold.epoch = int(reply[GRANTED]), int(reply[EPOCH])
+        hold.available_ucredits = int(reply[AVAILABLE]) - hold.ucredits
+    return status
 
 
 def states_of(hold: Hold, numbers: Sequence[int], admitted: bool) -> tuple[LimitState, ...]:

@@ -168,7 +168,7 @@ async def _peek(redis: Redis, org: str, prospect: Prospect) -> tuple[Hold | None
 
 async def _credits(ledger: Ledger, prospect: Prospect, org: str) -> tuple[int | None, int]:
     """What the org has, and what of it is held by requests in flight; None when nobody knows."""
-    if prospect.rules is None or not prospect.rules.price_ucredits:
+    if prospect.quote is None or not prospect.quote.want_ucredits:
         return None, 0
     try:
         posted = (await get_balance(ledger.postgres, org)).ucredits

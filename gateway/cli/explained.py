@@ -21,9 +21,10 @@ def print_prospect(
         say(f"plan      {who.plan}" + (f", policy {rules.name}" if rules is not None else ""))
     if (tokens := tokens_in_words(prospect)) is not None:
         say(f"tokens    {tokens}")
-    if rules is not None:
+    if (quote := prospect.quote) is not None:
         have = "" if available is None else f", the org has {format_credits(available)} to spend"
-        say(f"price     {format_credits(rules.price_ucredits)} credits{have}")
+        about = f" (estimated; {format_credits(quote.least_ucredits)} will do)" if quote.price.by_token else ""
+        say(f"price     {format_credits(quote.estimate_ucredits)} credits{about}{have}")
     met = [bearing for bearing in prospect.bearings if bearing.demand is not None]
     if met:
         columns = ("limit", "what it says", "per", "used#", "needs#", "remaining#", "", "notes")
@@ -90,7 +91,7 @@ def prospect_json(
         },
         "tokens": tokens_in_words(prospect),
         "limits": [_limit_json(bearing, prospect, states.get(bearing.limit.name)) for bearing in prospect.bearings],
-        "price_ucredits": rules and rules.price_ucredits,
+        "price_ucredits": prospect.quote and prospect.quote.estimate_ucredits,
         "available_ucredits": available,
         "verdict": {
             "admitted": refusal is None,

@@ -74,6 +74,7 @@ class Line(msgspec.Struct):
     output_tokens: int | None = None
     charged_ucredits: int | None = None
     basis: str | None = None
+    held_ucredits: int | None = None
     available_ucredits: int | None = None
     limit: str | None = None
     limits: list[Judged] = []

@@ -8,7 +8,7 @@ from gateway import keys, limits
 from gateway.admission import Hold, counter_keys
 from gateway.admission.states import session_known, states_of
 from gateway.stores import Redis, Script
-from gateway.types import Demand, Limit, Principal
+from gateway.types import Demand, Limit, Principal, Quote
 
 #: How many keys of the server are looked at for one org's counters, and how many counters of one limit are read.
 SCANNED_MAX = 1_000_000
@@ -24,7 +24,7 @@ _NOBODY = Principal("", "", None, None, "")
 async def peek(redis: Redis, owner: str, demands: Sequence[Demand]) -> Hold:
     """What an admission of `demands` would find: `states`, `judged_at_us`, `session_known`. One call; shared limits and
     an org's own are two. Raises StoreUnavailable."""
-    hold = Hold("peek", _NOBODY, tuple(demands), 0, owner=owner)
+    hold = Hold("peek", _NOBODY, tuple(demands), Quote.flat(0), owner=owner)
     now_ms = time.time_ns() // 1_000_000
     args: limits.Row = []
     for demand in hold.demands:

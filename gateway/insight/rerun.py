@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from gateway import charge, keys, policy
-from gateway.config import Route, Settings
+from gateway.config import Credits, Route, Settings
 from gateway.insight.asking import Askings
 from gateway.insight.logline import Line, decode
 from gateway.insight.order import Placed
 from gateway.insight.tally import ADMITTED, BEFORE, CREDITS, LIMITED, OVERSIZED, Tally, then
 from gateway.insight.world import Found, Key, World, refused_by
 from gateway.policy import Asking, CompiledPolicy, PolicySet
-from gateway.types import Charge, Demand, Outcome, Usage
+from gateway.types import Charge, Demand, Outcome, Quote, Refusal, Usage
 
 _TOKEN_UNITS = ("tokens", "input_tokens", "output_tokens")
 #: Denials by these are remembered by the gateway (`admission.denials`); others are only told with them.
@@ -72,6 +72,7 @@ class Rerun:
         self.tally = Tally(settings)
         self._askings = Askings(settings)
         self._policies = PolicySet.compile(settings)
+        self._credits = settings.credits
         self._world = World()
         #: What is still to happen: time, place of the line in the log, a number that no other has, what, to whom.
         self._ahead: list[tuple[int, int, int, _Step, _Request]] = []
@@ -200,19 +201,19 @@ class Rerun:
 
     def _admitted(self, at_us: int, request: _Request) -> None:
         line, rules = request.line, request.rules
-        price_ucredits = rules.price_ucredits
+        quote = self._quote(rules, request.asking)
         estimate = max(
             (one.demand.cost for one in request.own_found if one.demand.limit.unit in _TOKEN_UNITS), default=0
         )
         route = request.asking.route
         mean = self._durations.setdefault(route.name, _Mean())
         if request.then == ADMITTED:
-            request.charge = charge_of(line, price_ucredits, estimate)
+            request.charge = charge_of(line, quote, estimate, self._credits)
             own_us = line.settled_at_us or line.shared_settled_at_us or line.ended_at_us
             shared_us = line.shared_settled_at_us or own_us
             mean.add(own_us - at_us)
         else:
-            request.charge = charge.settle(Outcome.COMPLETE, None, price_ucredits, estimate)
+            request.charge = charge.settle(Outcome.COMPLETE, None, quote, estimate, quote.want_ucredits)
             own_us = shared_us = at_us + mean.value
         ucredits = (request.charge.ucredits if request.charge else 0) + _messages_ucredits(line, route, rules)
         self.tally.decided(line, request.then, ADMITTED, None, at_us, ucredits)
@@ -220,6 +221,11 @@ class Rerun:
             self._later(own_us, at_us, Rerun._settle_own, request)
         if request.shared_found:
             self._later(shared_us, at_us, Rerun._settle_shared, request)
+
+    def _quote(self, rules: CompiledPolicy, asking: Asking) -> Quote:
+        """What the request may cost. One whose model has no price is not refused here: it went on, and is free."""
+        quote = policy.quote(rules, asking.route, asking.peek, self._credits)
+        return Quote.flat(0) if isinstance(quote, Refusal) else quote
 
     def _give_back_shared(self, at_us: int, request: _Request) -> None:
         if request.shared_found:
@@ -236,14 +242,16 @@ class Rerun:
         self._world.settle(request.shared_found, taken_ms, at_us // 1000, request.charge, request.holder)
 
 
-def charge_of(line: Line, price_ucredits: int, token_estimate: int) -> Charge | None:
-    """What the request costs at this price, as it ended; None when it never came to its upstream."""
+def charge_of(line: Line, quote: Quote, token_estimate: int, credits: Credits) -> Charge | None:
+    """What the request costs at this price, as it ended; None when it never came to its upstream. What was held when
+    it ended is taken from the log; where that has nothing of it, from the quote."""
     if line.outcome is None:
         return None
     usage = None
     if line.input_tokens is not None:
         usage = Usage(line.input_tokens, line.output_tokens or 0, exact=line.basis == "exact")
-    return charge.settle(line.outcome, usage, price_ucredits, token_estimate)
+    held_ucredits = quote.want_ucredits if line.held_ucredits is None else line.held_ucredits
+    return charge.settle(line.outcome, usage, quote, token_estimate, held_ucredits, credits.overrun)
 
 
 def _enforced_first(demands: tuple[Demand, ...]) -> tuple[Demand, ...]:

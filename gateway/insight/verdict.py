@@ -11,7 +11,7 @@ from gateway.errors import BadRequest, GatewayError, MethodNotAllowed, UnknownRo
 from gateway.insight.applying import Bearing, bearings
 from gateway.policy import Asking, CompiledPolicy, PolicySet
 from gateway.session import SESSION_ID
-from gateway.types import Demand, Facts, Peek, Principal, Refusal
+from gateway.types import Demand, Facts, Peek, Principal, Quote, Refusal
 from gateway.usage import READERS, tokens_of
 
 _TOKEN_UNITS = ("tokens", "input_tokens", "output_tokens")
@@ -28,6 +28,7 @@ class Prospect:
     peek: Peek | None = None
     asking: Asking | None = None
     bearings: tuple[Bearing, ...] = ()
+    quote: Quote | None = None
     #: What refuses it before any limit is asked.
     refusal: Refusal | None = None
     #: What was taken for granted, in sentences.
@@ -75,6 +76,11 @@ def look(
     except BadRequest as exc:
         prospect.refusal = exc.refusal()
         return
+    quote = policy.quote(rules, prospect.route, prospect.peek, settings.credits)
+    if isinstance(quote, Refusal):
+        prospect.refusal = quote
+        return
+    prospect.quote = quote
     asking = Asking(principal, prospect.facts, prospect.route, prospect.peek, session, overrides)
     prospect.asking, prospect.bearings = asking, bearings(rules, asking)
     oversized = policy.never_fits(prospect.demands)
@@ -149,14 +155,14 @@ def judge(
     """What the gateway would answer now; None: the request is admitted. shared, own: as they were peeked at.
 
     owned_ucredits: None: nobody knows, so nobody is refused for it."""
-    if prospect.refusal is not None or prospect.rules is None:
+    if prospect.refusal is not None or prospect.quote is None:
         return prospect.refusal
-    price = prospect.rules.price_ucredits
+    price = prospect.quote.least_ucredits
     if shared is not None and _denies(shared):
         return limit_refusal(shared.states)
     if price and owned_ucredits is not None and owned_ucredits - held_ucredits < price:
         status = "NOCREDIT" if owned_ucredits < price else "INFLIGHT"
-        return credit_refusal(status, price, owned_ucredits - held_ucredits)
+        return credit_refusal(status, prospect.quote, owned_ucredits - held_ucredits, owned_ucredits)
     return limit_refusal(own.states) if own is not None and _denies(own) else None
 
 

@@ -1,176 +1,240 @@
-"""Balances: from PostgreSQL into Redis, and credits given to orgs."""
+"""An org's account in Redis: built from PostgreSQL's state of it, and given as much of the balance to owe as it needs.
+
+    (missing, or of a server process that is gone) ──load──▶ built, cap 0 ──raise_cap──▶ may owe up to its cap
+                                                              ▲   new state of PostgreSQL: install   │
+                                                              └──retire: cap 0 in both ◀── idle ─────┘
+
+PostgreSQL gives the cap to one hash of Redis, told by its birth. When another hash asks, the one before was lost, and
+what it may have owed is set aside until every gateway has told what it knows of (losses.py). State: what is under way
+for each org, and for a moment who could not be given more.
+"""
 
 import asyncio
-import json
 import time
-from collections.abc import Iterable
-from itertools import islice
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 
 import structlog
 
 from gateway import keys, limits
+from gateway.config import Plan
 from gateway.errors import StoreUnavailable, UnknownBalance
-from gateway.ledger.queries import query
-from gateway.stores import Postgres, Redis, Row, Script
+from gateway.ledger import books
+from gateway.ledger.periods import ABSENT_TTL_S, Periods, RedisSide
+from gateway.ledger.rounds import Rounds
+from gateway.stores import INCARNATION, Postgres, Redis, Script
 from gateway.types import UCREDITS_PER_CREDIT, Balance
 
-#: How long an org without an ai_credits row is remembered as having nothing.
-ABSENT_TTL_S = 15
-#: Balances read in one statement when they are refreshed.
-REFRESH_AT_ONCE = 200
-REFRESH_RETRY_S = 0.5
-#: An org that is refused for want of credits has its balance read again, at most so often.
-RECHECK_S = 5.0
-RECHECKS_MAX = 10_000
-
-#: Channel on which the database announces the org whose balance somebody changed.
-CREDITS_CHANNEL = "gateway_credits"
+#: So long who was not given as much as it needed does not ask PostgreSQL again, unless something has changed.
+SHORT_S = 0.1
+SHORT_MAX = 10_000
 
 log = structlog.get_logger("gateway.ledger")
 
 
-class Accounts:
-    """Installs posted balances in Redis, where admission reads them.
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """From `credits:` in gateway.yaml."""
 
-    `grants` are the credits a plan starts with, by plan; with `provision` an org that is seen for the first time
-    and has no row receives its plan's."""
+    mirror_ttl_s: int = 3_600
+    #: Redis owes its cap at most, and at least so much may be its cap (`on_state_loss: cap`).
+    capped: bool = True
+    cap_floor_ucredits: int = 10 * UCREDITS_PER_CREDIT
+    #: Or so much of its balance, so that an outage of PostgreSQL is not felt before that is spent.
+    cap_percent: int = 50
+    loss_grace_ms: int = 120_000
+    #: An org without a row gets one, and what its plan begins with.
+    provision: bool = False
+    #: Statements at once, so that a rush leaves connections to the others.
+    postgres_at_once: int = 4
+
+
+@dataclass(slots=True)
+class _Need:
+    """What the hash of this epoch and birth must be allowed to owe."""
+
+    epoch: int
+    birth: str
+    ucredits: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Short:
+    """What PostgreSQL gave, less than was needed, and when."""
+
+    balance: Balance
+    at_s: float
+
+
+class Accounts:
+    """Everything here may be done any number of times, by any number of gateways: states have versions.
+
+    `arrive`: PostgreSQL knows this process; done before an account is used. `on_loss` is told the org and its new epoch
+    whenever a raise found that Redis had lost a state."""
 
     def __init__(
-        self, redis: Redis, postgres: Postgres, *, mirror_ttl_s: int, grants: dict[str, int], provision: bool
+        self,
+        redis: Redis,
+        postgres: Postgres,
+        plans: Mapping[str, Plan],
+        terms: Terms,
+        *,
+        arrive: Callable[[], Awaitable[None]],
+        on_loss: Callable[[str, int], None],
     ) -> None:
         self._redis = redis
         self._postgres = postgres
-        self._mirror_ttl_s = mirror_ttl_s
-        self._grants = grants
-        self._provision = provision
+        self._terms = terms
+        self._arrive = arrive
+        self._on_loss = on_loss
         self._install = Script("install", limits.script_text("install"))
-        self._loading: dict[str, asyncio.Task[None]] = {}
-        #: Orgs whose balance in Redis may be out of date; `_all_stale` stands for every active one.
-        self._stale: set[str] = set()
-        self._all_stale = False
-        self._refreshing: asyncio.Task[None] | None = None
-        self._rechecked: dict[str, float] = {}
+        self._lower = Script("lower", limits.script_text("lower"))
+        self._at_once = asyncio.Semaphore(terms.postgres_at_once)
+        self.periods = Periods(
+            postgres,
+            RedisSide(install=self._built, lower=self._lowered, owed=self._owed),
+            plans,
+            provision=terms.provision,
+            capped=terms.capped,
+            at_once=self._at_once,
+        )
+        self._loads = Rounds(self._load)
+        self._raises = Rounds(self._raise)
+        self._needs: dict[str, _Need] = {}
+        self._short: dict[str, _Short] = {}
+        #: Caps that PostgreSQL was asked to raise since this process started.
+        self.raised_count = 0
 
-    async def load(self, org_id: str, plan: str) -> None:
-        """The org's balance is in Redis. One load per org at a time, shared by all who wait for it.
+    async def load(self, org_id: str, plan: str, need_ucredits: int = 0) -> None:
+        """The org's account is in Redis, and may owe `need_ucredits` if there is so much. One load per org at a time,
+        shared by all who wait for it.
 
         Raises UnknownBalance when PostgreSQL cannot be asked, StoreUnavailable when Redis cannot."""
-        loading = self._loading.get(org_id)
-        if loading is None:
-            loading = asyncio.create_task(self._load(org_id, plan))
-            self._loading[org_id] = loading
-            loading.add_done_callback(lambda task: self._loaded(org_id, task))
-        # One waiter's cancellation must not end the load that others wait for.
-        await asyncio.shield(loading)
+        balance, birth = await self._loads.share((org_id, plan))
+        can_have = balance.ucredits - balance.set_aside_ucredits
+        has = balance.cap_ucredits if balance.birth == birth else 0
+        if self._terms.capped and min(need_ucredits, can_have) > has:
+            await self.raise_cap(org_id, balance.epoch, birth, need_ucredits)
 
-    def _loaded(self, org_id: str, task: asyncio.Task[None]) -> None:
-        del self._loading[org_id]
-        if not task.cancelled():
-            task.exception()  # those who waited were told; when all have left, nobody is there to be
-
-    async def _load(self, org_id: str, plan: str) -> None:
+    async def _load(self, org_and_plan: tuple[str, str]) -> tuple[Balance, str]:
+        """The org's state, and the birth of the hash that it was written to."""
+        org_id, plan = org_and_plan
         try:
-            balance, present = (await _read(self._postgres, [org_id]))[org_id]
-            if not present and self._provision and plan in self._grants:
-                balance = await grant(self._postgres, org_id, self._grants[plan], grant_id=f"grant:{plan}:initial")
-                present = True
-                log.info("org provisioned", org=org_id, plan=plan, credits=self._grants[plan])
+            async with self._at_once:
+                await self._arrive()
+                balance = await self.periods.load(org_id, plan)
         except StoreUnavailable as exc:
             raise UnknownBalance(detail=exc.detail) from exc
-        await self._put(balance, present)
+        return balance, await self._built(balance)
 
-    async def _put(self, balance: Balance, present: bool) -> None:
+    async def _built(self, balance: Balance) -> str:
+        """Redis has this state of the org, or a newer one; the birth of the hash that has it."""
+        _, birth = await self._put(balance)
+        return birth.decode()
+
+    async def install(self, balance: Balance) -> None:
+        """Redis has this state of the org, or a newer one. Raises StoreUnavailable."""
+        await self._put(balance)
+
+    async def _put(self, balance: Balance) -> tuple[bytes, bytes]:
+        """What install.lua did, and the birth of the hash."""
         org_id = balance.org_id
-        await self._redis.run(
+        short = self._short.get(org_id)
+        if short is not None and short.balance.version < balance.version:
+            del self._short[org_id]
+        if balance.present:
+            self.periods.remembered.note_present(org_id)
+        ttl_s = limits.mirror_ttl_s(self._terms.mirror_ttl_s)
+        account_ttl_s = 0 if balance.present else ABSENT_TTL_S
+        status, birth = await self._redis.run(
             self._install,
             [keys.account(org_id), keys.holds(org_id), keys.outbox(org_id), keys.mirror(org_id)],
-            [balance.ucredits, balance.version, self._mirror_ttl_s, 0 if present else ABSENT_TTL_S],
+            [*limits.state_row(balance), ttl_s, account_ttl_s, INCARNATION],
         )
+        if status == b"BUILT":
+            # What Redis lost may have been the list of active orgs as well, and who uses the org need not know.
+            self._redis.send_detached("ZADD", keys.ACTIVE_ORGS, int(time.time() * 1000), org_id)
+        return status, birth
 
-    def on_notification(self, org_id: str) -> None:
-        """Somebody changed this org's balance: Redis has the new one soon."""
-        self._stale.add(org_id)
-        self._wake()
+    async def refresh(self, org_id: str) -> None:
+        """Redis has the org's state as PostgreSQL has it now, or later. Raises StoreUnavailable."""
+        async with self._at_once:
+            balance = (await books.read(self._postgres, [org_id]))[org_id]
+        await self._put(balance)
 
-    def refresh_all(self) -> None:
-        """Announcements may have been missed: every active org's balance is as PostgreSQL has it soon."""
-        self._all_stale = True
-        self._wake()
+    async def raise_cap(self, org_id: str, epoch: int, birth: str, need_ucredits: int) -> Balance:
+        """The hash of this epoch and birth may owe `need_ucredits`, or what there is of it: the state that says so,
+        which Redis has. Of another epoch or birth when something has changed meanwhile.
 
-    def recheck(self, org_id: str) -> None:
-        """The org was refused for want of credits. A top-up may have gone unheard, by an org that was not active
-        when announcements were missed, so its balance is read again."""
-        now = time.monotonic()
-        if now - self._rechecked.get(org_id, -RECHECK_S) < RECHECK_S:
-            return
-        if len(self._rechecked) >= RECHECKS_MAX:
-            self._rechecked.clear()
-        self._rechecked[org_id] = now
-        self.on_notification(org_id)
+        Raises UnknownBalance when PostgreSQL cannot be asked, StoreUnavailable when Redis cannot."""
+        if (known := self._known_short(org_id, birth, need_ucredits)) is not None:
+            return known
+        need = self._needs.get(org_id)
+        if need is None or epoch > need.epoch or (epoch == need.epoch and birth != need.birth):
+            self._needs[org_id] = _Need(epoch, birth, need_ucredits)
+        elif (epoch, birth) == (need.epoch, need.birth):
+            need.ucredits = max(need.ucredits, need_ucredits)
+        return await self._raises.join(org_id)
 
-    def _wake(self) -> None:
-        if self._refreshing is None or self._refreshing.done():
-            self._refreshing = asyncio.create_task(self._refresh())
+    def _known_short(self, org_id: str, birth: str, need_ucredits: int) -> Balance | None:
+        short = self._short.get(org_id)
+        if short is None or short.balance.birth != birth or short.balance.cap_ucredits >= need_ucredits:
+            return None
+        return short.balance if time.monotonic() - short.at_s < SHORT_S else None
 
-    async def _refresh(self) -> None:
-        """What is stale is read, however long a store makes us wait: nobody announces it a second time."""
-        failing = False
-        while self._stale or self._all_stale:
-            orgs: list[str] = []
-            try:
-                if self._all_stale:
-                    self._all_stale = False
-                    await self._mark_active()
-                # Taken off before they are read: a change announced meanwhile is read again.
-                orgs = list(islice(self._stale, REFRESH_AT_ONCE))
-                self._stale.difference_update(orgs)
-                balances = await _read(self._postgres, orgs)
-                done = await asyncio.gather(*(self._put(*balances[org]) for org in orgs), return_exceptions=True)
-                orgs = [org for org, result in zip(orgs, done, strict=True) if result is not None]
-                for failure in filter(None, done):
-                    raise failure
-                failing = False
-            except StoreUnavailable as exc:
-                self._stale.update(orgs)
-                if not failing:
-                    log.warning("balances not refreshed yet", orgs=len(self._stale), error=str(exc))
-                failing = True
-                await asyncio.sleep(REFRESH_RETRY_S)
-
-    async def _mark_active(self) -> None:
+    async def _raise(self, org_id: str) -> Balance:
+        # Whoever asks from now on asks for the next round.
+        need, terms = self._needs.pop(org_id), self._terms
         try:
-            active = await self._redis.call("ZRANGE", keys.ACTIVE_ORGS, 0, -1)
-        except StoreUnavailable:
-            self._all_stale = True
-            raise
-        self._stale.update(org.decode() for org in active)
+            async with self._at_once:
+                await self._arrive()
+                balance = await books.raise_cap(
+                    self._postgres,
+                    org_id,
+                    need.epoch,
+                    need.birth,
+                    need.ucredits,
+                    terms.cap_floor_ucredits,
+                    terms.loss_grace_ms,
+                    terms.cap_percent,
+                )
+        except StoreUnavailable as exc:
+            raise UnknownBalance(detail=exc.detail) from exc
+        self.raised_count += 1
+        if balance.epoch > need.epoch and balance.birth == need.birth and balance.set_aside_ucredits:
+            self._on_loss(org_id, balance.epoch)
+        await self._put(balance)
+        if balance.birth == need.birth and balance.cap_ucredits < need.ucredits:
+            if len(self._short) >= SHORT_MAX:
+                self._short.clear()
+            self._short[org_id] = _Short(balance, time.monotonic())
+        return balance
+
+    async def retire(self, org_id: str) -> bool:
+        """An org that is idle leaves Redis nothing to owe; its next request asks for a cap again. False: something has
+        happened meanwhile. Raises StoreUnavailable."""
+        if not self._terms.capped:
+            return True
+        version, epoch, cap_ucredits, birth = await self._lowered(org_id)
+        if not birth:
+            return True
+        async with self._at_once:
+            balance = await books.lower_cap(self._postgres, org_id, epoch, birth, version, cap_ucredits)
+            if balance is None:
+                balance = (await books.read(self._postgres, [org_id]))[org_id]
+        await self._put(balance)
+        return balance.birth != birth or balance.cap_ucredits <= cap_ucredits
+
+    async def _lowered(self, org_id: str) -> tuple[int, int, int, str]:
+        """Redis may owe no more than it does: as of which version and epoch, how much (micro-credits), in the hash of
+        which birth; an empty birth where there is none."""
+        version, epoch, cap, birth = await self._redis.run(self._lower, [keys.account(org_id)], [INCARNATION])
+        return int(version), int(epoch), int(cap), birth.decode()
+
+    async def _owed(self, org_id: str) -> int:
+        unposted, held = await self._redis.call("HMGET", keys.account(org_id), "u", "h")
+        return int(unposted or 0) + int(held or 0)
 
     async def close(self) -> None:
-        tasks = [*self._loading.values(), *([self._refreshing] if self._refreshing else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def read_balance(postgres: Postgres, org_id: str) -> Balance | None:
-    """The org's posted balance, or None when it has no ai_credits row."""
-    row = await postgres.row(query("balance"), org_id)
-    return None if row is None else _balance(row)
-
-
-async def _read(postgres: Postgres, orgs: Iterable[str]) -> dict[str, tuple[Balance, bool]]:
-    """Posted balance of every org named, and whether it has an ai_credits row; one without has nothing."""
-    rows = await postgres.rows(query("balances"), list(orgs))
-    return {row["org_id"]: (_balance(row), row["present"]) for row in rows}
-
-
-async def grant(postgres: Postgres, org_id: str, credits: int, *, grant_id: str, note: str = "") -> Balance:
-    """The org has `credits` more, once per `grant_id`; running gateways learn it by notification."""
-    meta = json.dumps({"credits": credits, **({"note": note} if note else {})})
-    row = await postgres.row(query("grant"), org_id, grant_id, credits * UCREDITS_PER_CREDIT, meta)
-    assert row is not None  # the function returns the org it has just made sure of
-    return _balance(row)
-
-
-def _balance(row: Row) -> Balance:
-    return Balance(row["org_id"], row["balance"], row["version"])
+        for work in (self._loads, self.periods, self._raises):
+            await work.close()

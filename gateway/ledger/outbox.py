@@ -5,21 +5,21 @@ Any gateway may carry any org's entries, several may carry the same: posting is 
 """
 
 import asyncio
+import contextlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 import structlog
 
 from gateway import keys, limits
 from gateway.errors import StoreRefused, StoreUnavailable
-from gateway.ledger.queries import query
-from gateway.stores import Postgres, Redis, Script
+from gateway.ledger import books
+from gateway.ledger.rounds import Rounds
+from gateway.stores import INCARNATION, Postgres, Redis, Script
 from gateway.types import Balance, Entry
 
-POST_TIMEOUT_MS = 5_000
 RETRY_PAUSE_MAX_S = 1.0
 
 log = structlog.get_logger("gateway.outbox")
@@ -33,31 +33,33 @@ class OutboxEntry:
     entry: Entry
 
 
-async def post(postgres: Postgres, entries: Sequence[Entry]) -> list[Balance]:
-    """The entries are in the ledger; returns the balance of every org named. Repeating it changes nothing."""
-    rows = await postgres.rows(
-        query("post"),
-        [entry.org_id for entry in entries],
-        [entry.request_id for entry in entries],
-        [entry.kind for entry in entries],
-        [entry.amount_ucredits for entry in entries],
-        [_json(entry.meta) for entry in entries],
-        timeout_ms=POST_TIMEOUT_MS,
-    )
-    return [Balance(row["org_id"], row["balance"], row["version"]) for row in rows]
-
-
 class Outbox:
-    """Carries entries every `flush_ms`, at most `batch_max` in one transaction."""
+    """Carries entries every `flush_ms`, or as soon as `batch_max` of them wait; that many in one transaction.
 
-    def __init__(self, redis: Redis, postgres: Postgres, *, flush_ms: int, batch_max: int, mirror_ttl_s: int) -> None:
+    `confirmed` is told the org and its requests whose charges are in PostgreSQL, before Redis is."""
+
+    def __init__(
+        self,
+        redis: Redis,
+        postgres: Postgres,
+        *,
+        flush_ms: int,
+        batch_max: int,
+        mirror_ttl_s: int,
+        confirmed: Callable[[str, Sequence[str]], None] = lambda org_id, request_ids: None,
+    ) -> None:
         self._redis = redis
         self._postgres = postgres
         self._flush_s = flush_ms / 1000
         self._batch_max = batch_max
         self._mirror_ttl_s = mirror_ttl_s
+        self._confirmed = confirmed
         self._applied = Script("applied", limits.script_text("applied"))
         self._dirty: set[str] = set()
+        #: Marks since the last flush began: about as many entries wait.
+        self._marks = 0
+        self._enough = asyncio.Event()
+        self._carries = Rounds(self._carry)
         #: The last flush before the end waits for the one that is under way, which would be cancelled half done.
         self._flushing = asyncio.Lock()
         #: Entries posted by this process since it started.
@@ -66,13 +68,16 @@ class Outbox:
     def mark(self, org_id: str) -> None:
         """This org has something to post."""
         self._dirty.add(org_id)
+        self._marks += 1
+        if self._marks >= self._batch_max:
+            self._enough.set()
 
     async def run(self) -> None:
         """Flush for ever; a store that is away delays the work and loses nothing."""
         pause_s = self._flush_s
         failing = False
         while True:
-            await asyncio.sleep(pause_s)
+            await self._pause(pause_s, failing)
             try:
                 await self.flush()
             except StoreUnavailable as exc:
@@ -84,11 +89,30 @@ class Outbox:
                     log.info("outbox flows again")
                 failing, pause_s = False, self._flush_s
 
+    async def _pause(self, pause_s: float, failing: bool) -> None:
+        if failing:
+            await asyncio.sleep(pause_s)
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause_s):
+                await self._enough.wait()
+
+    async def carry(self, org_id: str) -> None:
+        """Whatever of the org waited when this was called is posted, and Redis knows. One flush serves all who ask
+        meanwhile. Raises StoreUnavailable."""
+        await self._carries.join(org_id)
+
+    async def _carry(self, org_id: str) -> None:
+        self._dirty.add(org_id)
+        await self.flush()
+
     async def flush(self) -> int:
         """Everything that was waiting for the marked orgs is posted, but for those whose part of a cluster is away;
         returns the number of entries. Raises StoreUnavailable when there is nobody to ask. What was not posted stays
         marked."""
         async with self._flushing:
+            self._marks = 0
+            self._enough.clear()
             return await self._flush()
 
     async def _flush(self) -> int:
@@ -104,7 +128,11 @@ class Outbox:
                 away |= unread
                 self._dirty |= unread
                 batch, balances = await self._post(found)
-                await self._apply(batch, {balance.org_id: balance for balance in balances})
+                by_org = _by_org(batch)
+                for org_id, items in by_org.items():
+                    # What a sweeper charged is not how the request ended: its gateway may settle yet.
+                    self._confirmed(org_id, [item.entry.request_id for item in items if item.entry.kind == "settle"])
+                await self._apply(by_org, {balance.org_id: balance for balance in balances})
             except BaseException:
                 self._dirty.update(orgs)
                 raise
@@ -146,7 +174,7 @@ class Outbox:
         if not batch:
             return [], []
         try:
-            return batch, await post(self._postgres, [item.entry for item in batch])
+            return batch, await books.post(self._postgres, [item.entry for item in batch])
         except StoreRefused as exc:
             if len(batch) == 1:
                 entry = batch[0].entry
@@ -157,24 +185,38 @@ class Outbox:
         newer, later = await self._post(batch[middle:])
         return older + newer, balances + later
 
-    async def _apply(self, batch: Iterable[OutboxEntry], balances: dict[str, Balance]) -> None:
-        by_org: dict[str, list[str]] = {}
-        for item in batch:
-            by_org.setdefault(item.entry.org_id, []).append(item.entry_id)
-        for org_id, ids in by_org.items():
-            # An org without a row has gone to the dead letters: nothing is owed any more.
-            balance = balances.get(org_id, Balance(org_id, 0, 0))
+    async def _apply(self, by_org: dict[str, list[OutboxEntry]], balances: dict[str, Balance]) -> None:
+        """Redis waits for these entries no longer. Raises StoreUnavailable when it could not be told of all."""
+
+        async def tell(org_id: str, items: list[OutboxEntry]) -> None:
             await self._redis.run(
                 self._applied,
                 [keys.account(org_id), keys.outbox(org_id), keys.mirror(org_id)],
-                [balance.ucredits, balance.version, self._mirror_ttl_s, *ids],
+                [
+                    *limits.state_row(balances[org_id]),
+                    limits.mirror_ttl_s(self._mirror_ttl_s),
+                    *(item.entry_id for item in items),
+                    INCARNATION,
+                ],
             )
 
+        told = await asyncio.gather(*(tell(org_id, items) for org_id, items in by_org.items()), return_exceptions=True)
+        for org_id, failure in zip(by_org, told, strict=True):
+            if isinstance(failure, StoreRefused):
+                # As above: what is posted will be posted again without effect, until a person has looked.
+                log.error("an outbox cannot be emptied", org=org_id, error=str(failure))
+            elif failure is not None:
+                raise failure
 
-def _json(meta: Mapping[str, Any]) -> str:
-    """`meta` as jsonb takes it: a client may name a model with a NUL in it, which PostgreSQL cannot store."""
-    clean = {name: value.replace("\0", "\ufffd") if isinstance(value, str) else value for name, value in meta.items()}
-    return msgspec.json.encode(clean).decode()
+    async def close(self) -> None:
+        await self._carries.close()
+
+
+def _by_org(batch: Sequence[OutboxEntry]) -> dict[str, list[OutboxEntry]]:
+    by_org: dict[str, list[OutboxEntry]] = {}
+    for item in batch:
+        by_org.setdefault(item.entry.org_id, []).append(item)
+    return by_org
 
 
 def _read_entry(org_id: str, entry_id: bytes, fields: list[bytes]) -> OutboxEntry:

@@ -1,17 +1,19 @@
-"""Ending the holds of gateways that died, and finding outboxes that nobody carries.
+"""Ending the holds of gateways that died, finding outboxes that nobody carries, and letting go of orgs that are idle.
 
 Every gateway sweeps every active org. `orphan.lua` looks at the lease again before it acts, so sweeping twice, or
 while the owner comes back, ends a hold once.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
 import structlog
 
 from gateway import keys, limits
 from gateway.errors import StoreRefused, StoreUnavailable
-from gateway.stores import Redis, Script
+from gateway.ledger import books
+from gateway.stores import Postgres, Redis, Script
 
 #: An org without holds, without outbox and without a request for so long leaves the list of active orgs.
 IDLE_AFTER_S = 600
@@ -22,20 +24,36 @@ ORGS_AT_ONCE = 200
 log = structlog.get_logger("gateway.sweeper")
 
 
+@dataclass(frozen=True, slots=True)
+class SweeperPowers:
+    """What the sweeper needs of others. Each raises StoreUnavailable when it could not be done."""
+
+    #: (org): it has entries to post.
+    mark_dirty: Callable[[str], None]
+    #: (org): Redis has its state as PostgreSQL has it now.
+    refresh: Callable[[str], Awaitable[None]]
+    #: (org): Redis may owe nothing for it any more; False: it is not idle after all.
+    retire: Callable[[str], Awaitable[bool]]
+    #: (org): its balance was changed past Redis.
+    changed: Callable[[str], None]
+
+
 class Sweeper:
-    """Sweeps every `sweep_ms`; orgs with entries to post are handed to `mark_dirty`."""
+    """Sweeps every `sweep_ms`."""
 
     def __init__(
         self,
         redis: Redis,
-        mark_dirty: Callable[[str], None],
+        postgres: Postgres,
+        powers: SweeperPowers,
         *,
         sweep_ms: int,
         mirror_ttl_s: int,
         on_expiry: str,
     ) -> None:
         self._redis = redis
-        self._mark_dirty = mark_dirty
+        self._postgres = postgres
+        self._powers = powers
         self._sweep_s = sweep_ms / 1000
         self._mirror_ttl_s = mirror_ttl_s
         self._on_expiry = on_expiry
@@ -46,11 +64,25 @@ class Sweeper:
 
     async def run(self) -> None:
         while True:
-            try:
-                await self.sweep()
-            except StoreUnavailable as exc:
-                log.debug("sweep put off", error=str(exc))  # the connection's own log tells of the outage
+            for sweep in (self.sweep, self.sweep_postgres):
+                try:
+                    await sweep()
+                except StoreUnavailable as exc:
+                    log.debug("sweep put off", error=str(exc))  # the connection's own log tells of the outage
             await asyncio.sleep(self._sweep_s)
+
+    async def sweep_postgres(self) -> int:
+        """Every hold in PostgreSQL whose lease ran out has ended; returns how many. Raises StoreUnavailable."""
+        count = 0
+        while True:
+            ended = await books.sweep_holds(self._postgres, self._on_expiry)
+            for org_id, request_id, _ in ended:
+                log.warning("hold of a lost gateway ended", org=org_id, hold=request_id, by=self._on_expiry)
+                self._powers.changed(org_id)
+            count += len(ended)
+            self.swept_count += len(ended)
+            if len(ended) < books.SWEEP_MAX:
+                return count
 
     async def sweep(self) -> int:
         """Every hold whose lease ran out has ended, but for those in a part of a cluster that is away; returns how
@@ -72,6 +104,8 @@ class Sweeper:
         try:
             due, has_outbox, has_holds = await self._look_at(org_id, now_ms)
             count = await self._end_all(org_id, due, now_ms)
+            if not (has_outbox or due or has_holds) and float(score) < now_ms - IDLE_AFTER_S * 1000:
+                await self._forget_idle(org_id, score)
         except StoreRefused as exc:
             # Somebody else's value under our name: a matter for a person, and for this org alone.
             log.error("an org cannot be swept", org=org_id, error=str(exc))
@@ -81,13 +115,18 @@ class Sweeper:
             log.debug("sweep of an org put off", org=org_id, error=str(exc))
             return 0
         if has_outbox or due:
-            self._mark_dirty(org_id)
-        elif not has_holds and float(score) < now_ms - IDLE_AFTER_S * 1000:
-            await self._redis.run(self._forget, [keys.ACTIVE_ORGS], [org_id, score])
+            self._powers.mark_dirty(org_id)
         return count
+
+    async def _forget_idle(self, org_id: str, score: bytes) -> None:
+        if await self._powers.retire(org_id):
+            await self._redis.run(self._forget, [keys.ACTIVE_ORGS], [org_id, score])
 
     async def _end_all(self, org_id: str, due: list[bytes], now_ms: int) -> int:
         """However many holds a lost gateway has left: until fewer than a batch of them are due."""
+        if due:
+            # What they were charged may be in PostgreSQL alone. Without that balance, what they give up could be spent.
+            await self._powers.refresh(org_id)
         count = 0
         while due:
             ended = sum([await self._end(org_id, request_id.decode()) for request_id in due])
@@ -122,7 +161,7 @@ class Sweeper:
                 keys.tombstone(org_id, request_id),
                 keys.mirror(org_id),
             ],
-            [request_id, self._on_expiry, self._mirror_ttl_s],
+            [request_id, self._on_expiry, limits.mirror_ttl_s(self._mirror_ttl_s)],
         )
         if verdict != b"OK":
             return 0

@@ -1,8 +1,8 @@
 """What the gateway can do right now, found out by asking, never remembered from boot.
 
 ok        everything answers
-degraded  requests of known orgs are served, something behind them is away (PostgreSQL, an upstream)
-down      no request can be admitted (Redis is away)
+degraded  requests are served, something behind them is away (an upstream, or a store while the other stands in)
+down      no request can be admitted (both stores are away, or one without which none may be)
 """
 
 import asyncio
@@ -25,6 +25,8 @@ class Probe:
     ask: Callable[[], Awaitable[str]]
     #: What its absence makes of the whole: `down` or `degraded`.
     without: str
+    #: The probe that stands in for it: without both, the whole is down.
+    or_else: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +68,9 @@ class Health:
 
     async def _ask_all(self) -> Report:
         found = await asyncio.gather(*(self._ask(probe) for probe in self._probes))
-        missing = {probe.without for probe, finding in zip(self._probes, found, strict=True) if not finding.ok}
-        status = "down" if "down" in missing else "degraded" if missing else "ok"
+        missing = {probe.name: probe for probe, finding in zip(self._probes, found, strict=True) if not finding.ok}
+        is_down = any(probe.without == "down" or probe.or_else in missing for probe in missing.values())
+        status = "down" if is_down else "degraded" if missing else "ok"
         return Report(status, {probe.name: finding for probe, finding in zip(self._probes, found, strict=True)})
 
     async def _ask(self, probe: Probe) -> Finding:

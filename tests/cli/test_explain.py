@@ -166,7 +166,7 @@ def test_who_asks_is_found_out_from_a_credential_that_no_process_list_shows(offi
 def test_too_few_credits_are_a_verdict_too(office: CommandLine) -> None:
     (office.directory / "policies" / "trial.yaml").write_text(LIMITS.replace("per_request: 2", "per_request: 200"))
     found = explained(office, "GET", "/files/a")
-    assert (found["verdict"]["status"], found["verdict"]["code"]) == (402, "insufficient_credits")
+    assert (found["verdict"]["status"], found["verdict"]["code"]) == (402, "request_exceeds_balance")
 
 
 def test_an_org_or_plan_that_is_not_there_is_said(office: CommandLine) -> None:

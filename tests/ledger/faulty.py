@@ -16,14 +16,27 @@ class FaultyRedis(Redis):
     sent = 0
     fault_at = 0
     fault = ""
+    #: As if there were no connection at all.
+    away = False
     #: Commands that are still on their way: they arrive when the test lets them.
     late: list[tuple[bytes | str | int, ...]]
 
     def arm(self, fault_at: int, fault: str) -> None:
         self.sent, self.fault_at, self.fault, self.late = 0, fault_at, fault, []
 
+    @property
+    def usable(self) -> bool:
+        return not self.away and super().usable
+
+    async def connected(self) -> None:
+        if self.away:
+            raise StoreUnavailable(detail="away")
+        await super().connected()
+
     def send(self, *args: bytes | str | int) -> asyncio.Future[Reply]:
         self.sent += 1
+        if self.away:
+            raise StoreUnavailable(detail="away")
         if self.sent != self.fault_at:
             return super().send(*args)
         if self.fault == "away":
@@ -45,18 +58,37 @@ class FaultyRedis(Redis):
 
 
 class FaultyPostgres(Postgres):
-    """The next statement fails: before it reached the server, or after its commit."""
+    """The `fault_at`-th statement from now on meets `fault`: it fails before it reached the server or after its commit,
+    or arrives later, when the test lets it."""
 
+    asked = 0
+    fault_at = 0
     fault = ""
+    late: list[tuple[str, tuple[Any, ...]]]
+
+    def arm(self, fault_at: int, fault: str) -> None:
+        self.asked, self.fault_at, self.fault, self.late = 0, fault_at, fault, []
 
     async def rows(self, sql: str, *args: Any, timeout_ms: int | None = None) -> list[Row]:
-        fault, self.fault = self.fault, ""
-        if fault == "before":
+        self.asked += 1
+        if self.asked != self.fault_at:
+            return await super().rows(sql, *args, timeout_ms=timeout_ms)
+        if self.fault == "before":
             raise StoreUnavailable(detail="no connection")
-        found = await super().rows(sql, *args, timeout_ms=timeout_ms)
-        if fault == "after":
-            raise StoreUnavailable(detail="connection lost during COMMIT")
-        return found
+        if self.fault == "after":
+            await super().rows(sql, *args, timeout_ms=timeout_ms)
+        else:
+            self.late.append((sql, args))
+        raise StoreUnavailable(detail="connection lost", ambiguous=True)
+
+    async def row(self, sql: str, *args: Any, timeout_ms: int | None = None) -> Row | None:
+        found = await self.rows(sql, *args, timeout_ms=timeout_ms)
+        return found[0] if found else None
+
+    async def let_late_ones_arrive(self) -> None:
+        late, self.late = self.late, []
+        for sql, args in late:
+            await super().rows(sql, *args)
 
 
 def _lose(answer: asyncio.Future[Reply]) -> None:
