@@ -10,7 +10,8 @@ from rich.markup import escape
 
 from gateway.config import Settings
 from gateway.identity.api_key import key_loader, new_key
-from gateway.ledger import grant, query
+from gateway.ledger import query
+from gateway.ledger.orgs import add_org
 from gateway.stores import Postgres
 
 CHAT = '{"model": "demo-small", "messages": [{"role": "user", "content": "%s"}]%s}'
@@ -29,7 +30,7 @@ class DemoKey:
 
 
 async def ensure_demo_orgs(postgres: Postgres, settings: Settings, state_dir: Path) -> list[DemoKey]:
-    """Org `demo-<plan>` exists for every plan, with the plan's credits granted once and a key kept in `state_dir`.
+    """Org `demo-<plan>` exists for every plan, with what the plan begins with and a key kept in `state_dir`.
 
     Raises StoreUnavailable."""
     kept_path = state_dir / "demo-keys.json"
@@ -37,14 +38,14 @@ async def ensure_demo_orgs(postgres: Postgres, settings: Settings, state_dir: Pa
     found = []
     for plan, terms in settings.plans.items():
         org_id = f"demo-{plan}"
-        await postgres.row(query("add_org"), org_id, f"Demo ({plan})", plan)
-        await grant(postgres, org_id, terms.credits, grant_id=f"grant:{plan}:initial")
+        if await postgres.row(query("orgs"), org_id, 1) is None:
+            await add_org(postgres, settings, org_id, plan, f"Demo ({plan})")
         secret = kept.get(org_id)
         if secret is None or not await _opens(postgres, org_id, secret):
             key = new_key()
             await postgres.row(query("add_key"), key.key_id, key.sha256, org_id, None, "demo", None)
             secret = kept[org_id] = key.secret
-        found.append(DemoKey(plan, org_id, secret, terms.credits))
+        found.append(DemoKey(plan, org_id, secret, 0 if terms.grant == "none" else terms.credits))
     _write_keys(kept_path, kept)
     return found
 

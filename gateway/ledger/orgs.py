@@ -7,7 +7,7 @@ secrets: a key arrives here as its hash.
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -15,7 +15,8 @@ from gateway.config import Settings
 from gateway.config.problems import quoted, suggest, unknown
 from gateway.config.rules import CREDITS_MAX
 from gateway.errors import GatewayError
-from gateway.ledger.accounts import grant, read_balance
+from gateway.ledger.books import grant, read_balance
+from gateway.ledger.grants import Pockets, look, opening_terms, read_pockets
 from gateway.ledger.queries import query
 from gateway.stores import Postgres, Row
 from gateway.types import UCREDITS_PER_CREDIT, Balance
@@ -128,8 +129,10 @@ async def add_org(postgres: Postgres, settings: Settings, org_id: str, plan: str
     terms = settings.plans.get(plan)
     if terms is None:
         raise BadInput(unknown("plan", plan, list(settings.plans)))
-    ucredits, meta = terms.credits * UCREDITS_PER_CREDIT, json.dumps({"credits": terms.credits, "plan": plan})
-    added = await postgres.row(query("open_org"), org_id, name, plan, f"grant:{plan}:initial", ucredits, meta)
+    # Created now, by the database's clock: where its periods begin with it, they do.
+    facts = await look(postgres, org_id)
+    facts = replace(facts, created_ms=facts.clock_ms)
+    added = await postgres.row(query("open_org"), org_id, name, facts.created_ms, *opening_terms(plan, terms, facts))
     if added is None:
         found = await get_org(postgres, org_id)
         raise LedgerRefusal(f"org {quoted(org_id)} exists already, with plan {quoted(found.plan)}")
@@ -216,6 +219,16 @@ async def get_balance(postgres: Postgres, org_id: str) -> Balance:
         await get_org(postgres, org_id)
         return Balance(org_id, 0, 0)
     return balance
+
+
+async def get_pockets(postgres: Postgres, org_id: str) -> Pockets:
+    """What the posted balance is made of. Raises BadInput, UnknownOrg, StoreUnavailable."""
+    check_org(org_id)
+    pockets = await read_pockets(postgres, org_id)
+    if pockets is None:
+        await get_org(postgres, org_id)
+        return Pockets(org_id, 0, 0, None, 0)
+    return pockets
 
 
 async def list_entries(postgres: Postgres, org_id: str, limit: int) -> list[EntryRow]:

@@ -1,6 +1,19 @@
 """`gateway orgs` and `gateway migrate`."""
 
+import asyncio
+
+from gateway.config import Plan
+from gateway.ledger.grants import is_due, look, period
+from gateway.stores import Postgres
 from tests.cli.conftest import CommandLine
+
+PERIODIC = """\
+  trial: { credits: 100, policy: trial }
+  nothing: { credits: 5, policy: trial, grant: none }
+  team: { credits: 50, policy: trial, grant: reset, zone: Europe/Berlin, anchor: "15 06:00" }
+  tank: { credits: 9, policy: trial, grant: top_up, period: hour }
+  own: { credits: 7, policy: trial, grant: add, anchor: created }
+"""
 
 
 def test_migrate_says_what_it_did_and_may_be_repeated(empty: CommandLine) -> None:
@@ -22,6 +35,37 @@ def test_an_added_org_has_the_credits_of_its_plan(migrated: CommandLine) -> None
     assert added["balance_ucredits"] == 10_000_000_000
     entries = migrated.do("credits", "ledger", "acme", "--json").json()
     assert [(entry["request_id"], entry["kind"]) for entry in entries] == [("grant:pro:initial", "grant")]
+
+
+def test_an_added_org_has_what_its_plan_brings_in_this_period(migrated: CommandLine) -> None:
+    migrated.configure("  trial: { credits: 100, policy: trial }\n", PERIODIC)
+    for plan, ucredits, kinds in (
+        ("nothing", 0, []),
+        ("team", 50_000_000, ["grant"]),
+        ("tank", 9_000_000, ["grant"]),
+        ("own", 7_000_000, ["grant"]),
+    ):
+        assert migrated.do("orgs", "add", plan, "--plan", plan, "--json").json()["balance_ucredits"] == ucredits
+        entries = migrated.do("credits", "ledger", plan, "--json").json()
+        assert [entry["kind"] for entry in entries] == kinds
+        assert all(entry["request_id"].startswith(f"grant:{plan}:20") for entry in entries)
+
+
+async def test_an_org_whose_periods_begin_with_it_was_created_in_the_first(migrated: CommandLine) -> None:
+    migrated.configure("  trial: { credits: 100, policy: trial }\n", PERIODIC)
+    await asyncio.to_thread(migrated.do, "orgs", "add", "acme", "--plan", "own")
+    postgres = Postgres(migrated.env["DATABASE_URL"], timeout_ms=5_000, pool_max=1)
+    await postgres.open()
+    try:
+        facts = await look(postgres, "acme")
+        own = Plan.model_validate({"credits": 7, "policy": "trial", "grant": "add", "anchor": "created"})
+        assert facts.period is not None and facts.created_ms is not None
+        assert 0 <= facts.created_ms - facts.period.starts_ms < 60_000
+        # What the gateway works out for it is the same.
+        assert period(own, facts) == facts.period
+        assert not is_due("own", own, facts)
+    finally:
+        await postgres.close()
 
 
 def test_an_org_is_added_once(acme: CommandLine) -> None:
