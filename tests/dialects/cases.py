@@ -33,6 +33,7 @@ REFUSALS: dict[str, Refusal] = {
     ),
     "credits_unavailable": errors.UnknownBalance().refusal(),
     "gateway_error": errors.GatewayError().refusal(),
+    "idempotency_key_reused": Refusal(422, "idempotency_key_reused", "A new request needs a new key.", None, False),
     "insufficient_credits": Refusal(
         402,
         "insufficient_credits",
@@ -49,11 +50,44 @@ REFUSALS: dict[str, Refusal] = {
     "rate_limit_exceeded_for_long": Refusal(
         429, "rate_limit_exceeded", "Come back later.", 60_001, True, LIMIT, judged(60_001)
     ),
+    "request_exceeds_balance": Refusal(
+        402,
+        "request_exceeds_balance",
+        "This request may cost more than all the credits of this organization.",
+        None,
+        False,
+        {"required_credits": 3.0, "available_credits": 1.5, "held_credits": 0.5},
+    ),
     "request_exceeds_limit": Refusal(400, "request_exceeds_limit", "This never fits.", None, False, {"limit": "tpm"}),
+    "request_finished": Refusal(
+        409,
+        "request_finished",
+        "The request with this Idempotency-Key has ended.",
+        None,
+        False,
+        {
+            "first": {
+                "request_id": "0198c0de-0000-7000-8000-000000000000",
+                "status": 200,
+                "outcome": "complete",
+                "charged_credits": 1,
+                "at": "2026-01-02T03:04:05.678+00:00",
+            }
+        },
+    ),
+    "request_in_progress": Refusal(409, "request_in_progress", "It is running; come back.", 1000, True),
     "request_timeout": errors.RequestTimeout().refusal(),
     "shutting_down": errors.ShuttingDown().refusal(),
     "store_unavailable": errors.StoreUnavailable().refusal(),
     "too_many_failures": Refusal(429, "too_many_failures", "Too many failures.", 500),
+    "unknown_model_price": Refusal(
+        403,
+        "unknown_model_price",
+        "The model 'gpt-0' has no price on this gateway.",
+        None,
+        False,
+        {"model": "gpt-0", "param": "model"},
+    ),
     "unknown_plan": Refusal(403, "unknown_plan", "This plan is not configured.", None, False, {"plan": "gold"}),
     "unknown_route": errors.UnknownRoute().refusal(),
     "upstream_broke": errors.UpstreamBroke().refusal(),
