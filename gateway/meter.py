@@ -5,9 +5,19 @@ Does not own: the formats (`usage`), nor what the usage costs (`charge`).
 """
 
 from dataclasses import replace
+from typing import NamedTuple
 
 from gateway.types import Peek, Usage
 from gateway.usage import Reader, tokens_of
+
+
+class SoFar(NamedTuple):
+    """The tokens of an answer under way, as of its last whole event."""
+
+    input_tokens: int
+    output_tokens: int
+    #: The event that ends the answer has passed.
+    over: bool
 
 
 class Meter:
@@ -50,6 +60,27 @@ class Meter:
         except Exception:  # As in `see`: settling the request must not fail over its usage.
             self._fail()
             return None
+
+    def so_far(self) -> SoFar | None:
+        """What a stream has used up to here, reported or estimated; None when it cannot be told, or only once the
+        answer is whole. Cheap: it is asked after every read. Never raises."""
+        if self._reader is None:
+            return None
+        try:
+            progress = self._reader.progress()
+        except Exception:  # As in `see`.
+            self._fail()
+            return None
+        if progress is None:
+            return None
+        reported, text_bytes, over = progress
+        if reported is None:
+            return SoFar(tokens_of(self._peek.body_bytes), tokens_of(text_bytes), over)
+        # Text may have been delivered since a running report; a final one has counted all of it.
+        output_tokens = reported.output_tokens
+        if not reported.exact:
+            output_tokens = max(output_tokens, tokens_of(text_bytes))
+        return SoFar(reported.input_tokens, output_tokens, over)
 
     def _fail(self) -> None:
         self.failed = True

@@ -2,9 +2,9 @@
 
 import pytest
 
-from gateway.meter import Meter, unanswered
+from gateway.meter import Meter, SoFar, unanswered
 from gateway.types import Peek, Usage
-from gateway.usage import READERS, Reader
+from gateway.usage import READERS, Progress, Reader
 
 PEEK = Peek(body_bytes=41, model="asked")
 
@@ -36,6 +36,9 @@ class Broken:
         raise ZeroDivisionError
 
     def delivered_bytes(self) -> int | None:
+        raise ZeroDivisionError
+
+    def progress(self) -> Progress | None:
         raise ZeroDivisionError
 
 
@@ -122,3 +125,31 @@ def test_a_reader_that_breaks_leaves_the_answer_alone(broken: Reader, complete: 
     assert meter.usage(complete) is None
     assert (meter.failed, meter.bytes_seen, meter.chunks_seen) == (True, 12, 2)
     assert meter.usage(complete) is None
+
+
+@pytest.mark.parametrize(
+    ("chunks", "expected"),
+    [
+        ((), SoFar(11, 0, False)),
+        ((TEXT[:40],), SoFar(11, 0, False)),  # not before the event is whole
+        ((TEXT, TEXT), SoFar(11, 5, False)),
+        ((RUNNING,), SoFar(8, 1, False)),
+        ((RUNNING, TEXT), SoFar(8, 3, False)),  # 11 bytes of text are more than it had reported
+        ((TEXT, TEXT, REPORT), SoFar(8, 3, False)),  # the final report counts all of them
+        ((REPORT, b"data: [DONE]\n\n"), SoFar(8, 3, True)),
+    ],
+)
+def test_what_a_stream_has_used_so_far_is_reported_or_estimated(chunks: tuple[bytes, ...], expected: SoFar) -> None:
+    assert seen(Meter(reader(), PEEK, 200), *chunks).so_far() == expected
+
+
+def test_of_a_plain_answer_nothing_is_told_before_it_is_whole() -> None:
+    assert seen(Meter(reader("application/json"), PEEK, 200), b'{"choices":[').so_far() is None
+    assert Meter(None, PEEK, 200).so_far() is None
+    assert Meter(reader(), PEEK, 500).so_far() is None
+
+
+def test_a_reader_that_breaks_while_it_is_asked_leaves_the_answer_alone() -> None:
+    meter = seen(Meter(BrokenLate(), PEEK, 200), b"abc")
+
+    assert meter.so_far() is None and meter.failed

@@ -14,6 +14,7 @@ def note_limits(record: Record, hold: Hold) -> None:
     shared = hold.shared
     record.judged_at_us, record.settled_at_us = hold.judged_at_us or None, hold.settled_at_us or None
     record.session_known = hold.session_known
+    record.judged_by = hold.judged_by
     record.limits = list(_each(hold))
     if shared is not None:
         record.shared_judged_at_us, record.shared_settled_at_us = (

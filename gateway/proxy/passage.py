@@ -2,16 +2,19 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from contextlib import suppress
 
 from gateway import charge, headers
 from gateway.admission import Hold
 from gateway.config import Route
 from gateway.dialects import ratelimit
 from gateway.downstream import Client
-from gateway.errors import ClientLeft
+from gateway.errors import ClientLeft, OutOfCredits
 from gateway.identity import Identified
 from gateway.meter import Meter, unanswered
+from gateway.proxy.boundary import Boundary
+from gateway.proxy.spending import Spending, output_paid_for
 from gateway.proxy.steps import Steps
 from gateway.telemetry import Record
 from gateway.types import Facts, Outcome, Peek, Session
@@ -21,10 +24,15 @@ from gateway.usage import READERS
 Field = tuple[bytes, bytes]
 Body = bytes | AsyncIterable[bytes] | None
 
+#: Its limits were counted by this process alone, because Redis is away.
+LOCAL_FIELD = (b"x-gateway-limits", b"local")
 SESSION_FIELD = frozenset((b"x-session-id",))
 EXPECT_FIELD = frozenset((b"expect",))
-#: Where one event of a stream ends and the next may begin (WHATWG HTML §9.2.5).
-EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
+#: What says something of a body's bytes (RFC 9530, and before it RFC 1864 and 3230), which a changed body is not.
+DIGEST_FIELDS = frozenset((b"content-md5", b"digest", b"content-digest", b"repr-digest"))
+#: How much more of an event is delivered, and how long it is waited for, when the credits end in the middle of it.
+EVENT_REST_BYTES_MAX = 64 * 1024
+EVENT_REST_S = 1.0
 
 
 class Passage:
@@ -49,14 +57,17 @@ class Passage:
         self._hold = hold
         self._session = session
         self._record = record
-        #: The last bytes of an event stream; before the first event, what would stand there.
-        self._tail = b"\n\n"
-        self._events = False
+        #: Of an event stream that is passed on as it can be read.
+        self._boundary: Boundary | None = None
+        #: The answer was begun so that its end has to bring trailers, if only none.
+        self.awaits_trailers = False
+        #: The output tokens that each choice was held to, where the request's body was changed to say so.
+        self._held_to: int | None = None
 
     @property
     def between_events(self) -> bool:
         """An event stream under way has just ended an event, so that another may follow."""
-        return self._events and self._tail.endswith(EVENT_ENDS)
+        return self._boundary is not None and self._boundary.here
 
     async def through(self, body: Body, peek: Peek | None) -> None:
         """The answer has been relayed as far as both sides were there, and `hold.charge` says what it costs."""
@@ -64,7 +75,7 @@ class Passage:
         # Until an answer begins nothing was delivered: a 502 or 504 of ours costs the client nothing. Nor does an
         # upstream's own error, however far it came.
         outcome, meter, refused = Outcome.UPSTREAM_REFUSED, None, False
-        forwarding = self._forwarding(body)
+        forwarding = self._forwarding(self._capped(body, peek))
         if route.on_disconnect == "drain":
             client.finish_without(lambda: forwarding.request_sent, route.drain_timeout_ms, route.drain_bytes_max)
         try:
@@ -73,10 +84,13 @@ class Passage:
                 refused = answer.status >= 400
                 outcome = Outcome.UPSTREAM_REFUSED if refused else Outcome.UPSTREAM_BROKE
                 meter = self._meter(answer, peek)
-                await self._relay(answer, meter)
+                await self._relay(answer, meter, peek)
             outcome = Outcome.UPSTREAM_REFUSED if refused else Outcome.COMPLETE
         except ClientLeft:
             outcome = Outcome.UPSTREAM_REFUSED if refused else Outcome.CLIENT_LEFT
+            raise
+        except OutOfCredits:
+            outcome = Outcome.OUT_OF_CREDITS
             raise
         except asyncio.CancelledError:
             if client.left:
@@ -87,15 +101,29 @@ class Passage:
         finally:
             self._settle(outcome if forwarding.reached else Outcome.NEVER_REACHED, meter, peek)
 
+    def _capped(self, body: Body, peek: Peek | None) -> Body:
+        """The body, allowing no more output than the hold pays for where its route wants that."""
+        route, hold = self._route, self._hold
+        if route.enforce_max_tokens == "off" or peek is None or not isinstance(body, bytes):
+            return body
+        paid = output_paid_for(hold.quote, hold.ucredits, peek)
+        changed = None if paid is None else READERS[route.usage or ""].capped(body, paid)
+        if changed is None:
+            return body
+        body, self._held_to = changed
+        return body
+
     def _forwarding(self, body: Body) -> Forwarding:
         facts, route = self._facts, self._route
+        changed_bytes = len(body) if self._held_to is not None and isinstance(body, bytes) else None
         if isinstance(body, AsyncIterable) or self._client.trailers:
             body = self._with_trailers(body)
+        outbound = self._outbound(streamed=isinstance(body, AsyncIterable))
         return self._steps.upstreams.forward(
             route.upstream,
             facts.method,
             facts.target,
-            self._outbound(streamed=isinstance(body, AsyncIterable)),
+            outbound if changed_bytes is None else _of_length(outbound, changed_bytes),
             body,
             interim=self._interim,
             trailers=self._client.trailers,
@@ -130,6 +158,8 @@ class Passage:
         strip = self._private_names()
         if not streamed:
             strip |= EXPECT_FIELD  # the body is here: nobody has to be asked for it
+        if self._held_to is not None:
+            strip |= DIGEST_FIELDS
         chunked = facts.header(b"transfer-encoding") is not None
         return headers.to_upstream(
             facts.headers, facts.fields, strip=strip, add=added, chunked=chunked, upgrade=upgrade
@@ -147,26 +177,60 @@ class Passage:
     def _meter(self, answer: Answer, peek: Peek | None) -> Meter | None:
         fields = {name.lower(): value.decode("latin-1") for name, value in answer.headers}
         media_type, coding = fields.get(b"content-type", ""), fields.get(b"content-encoding", "")
-        self._events = media_type.startswith("text/event-stream") and not coding and b"content-length" not in fields
+        if media_type.startswith("text/event-stream") and not coding and b"content-length" not in fields:
+            self._boundary = Boundary()
         format = READERS.get(self._route.usage or "none")
         if format is None or peek is None:
             return None
         return Meter(format.reader(media_type, coding), peek, answer.status)
 
-    async def _relay(self, answer: Answer, meter: Meter | None) -> None:
+    async def _relay(self, answer: Answer, meter: Meter | None, peek: Peek | None) -> None:
         client, record = self._client, self._record
         record.status = answer.status
-        chunked = answer.framing == "chunked"
+        chunked = self.awaits_trailers = answer.framing == "chunked"
         fields = headers.to_client(answer.headers, self._added(answer), strip=SESSION_FIELD, chunked=chunked)
         await client.start(answer.status, fields, reason=answer.reason, trailers=chunked)
-        async for pieces in answer.pieces:
-            if meter is not None:
-                for piece in pieces:
-                    meter.see(piece)
-            await client.write(pieces)
-            if self._events:
-                self._tail = (self._tail + b"".join(pieces))[-4:]
+        spending = self._spending(answer, meter, peek)
+        try:
+            async for pieces in answer.pieces:
+                await self._pass_on(pieces, meter)
+                if spending is not None and not spending.covers() and not await spending.more():
+                    await self._end_early(answer, meter)
+                    break
+        finally:
+            if spending is not None:
+                spending.stop()
         await client.finish(trailers=headers.trailers(answer.trailers, SESSION_FIELD) if chunked else None)
+
+    async def _pass_on(self, pieces: Sequence[bytes], meter: Meter | None) -> None:
+        if meter is not None:
+            for piece in pieces:
+                meter.see(piece)
+        await self._client.write(pieces)
+        if self._boundary is not None:
+            self._boundary.passed(pieces)
+
+    def _spending(self, answer: Answer, meter: Meter | None, peek: Peek | None) -> Spending | None:
+        """For an answer that costs more the longer it gets; None where that is known beforehand."""
+        hold = self._hold
+        if meter is None or peek is None or answer.status >= 400 or not hold.quote.price.by_token:
+            return None
+        return Spending(hold, peek, meter, self._steps.admission.extend)
+
+    async def _end_early(self, answer: Answer, meter: Meter | None) -> None:
+        """The event that was under way is delivered as far as that is possible within bounds. Raises OutOfCredits,
+        unless the answer itself ends with that event."""
+        boundary, rest_bytes = self._boundary, 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(EVENT_REST_S):
+                while boundary is not None and not boundary.here and rest_bytes < EVENT_REST_BYTES_MAX:
+                    pieces = await anext(answer.pieces, None)
+                    if pieces is None:
+                        return
+                    rest = boundary.rest_of_event(b"".join(pieces))
+                    rest_bytes += len(rest)
+                    await self._pass_on((rest,), meter)
+        raise OutOfCredits
 
     def _added(self, answer: Answer) -> list[Field]:
         """What the client is told beside the upstream's own answer."""
@@ -177,6 +241,10 @@ class Passage:
             added.append((b"x-session-id", self._session.session_id.encode()))
         if self._steps.via is not None:
             added.append(headers.via(self._steps.via, answer.http_version))
+        if self._held_to is not None:
+            added.append((b"x-gateway-max-tokens", b"%d" % self._held_to))
+        if self._hold.judged_by == "local":
+            added.append(LOCAL_FIELD)
         if self._steps.limit_headers:
             added += limit_fields(self._hold, self._route, answer)
         return added
@@ -187,12 +255,17 @@ class Passage:
         principal = hold.principal
         if meter is not None:
             usage = meter.usage(complete=outcome is Outcome.COMPLETE)
+            if usage is None and hold.quote.price.by_token:
+                usage = meter.usage(complete=False)  # nobody reported: what was delivered is the least it can be
         else:
             usage = unanswered(peek) if peek is not None and outcome is Outcome.CLIENT_LEFT else None
-        booked = charge.settle(outcome, usage, hold.ucredits, hold.token_estimate)
+        overrun = self._steps.credits.overrun
+        booked = charge.settle(outcome, usage, hold.quote, hold.token_estimate, hold.ucredits, overrun)
         hold.charge = booked
         record.outcome, record.basis, record.charged_ucredits = outcome.value, booked.basis, booked.ucredits
         record.decision = "admitted"
+        if hold.quote.price.by_token:
+            record.held_ucredits, record.max_tokens_set = hold.ucredits, self._held_to
         if usage is not None:
             record.input_tokens, record.output_tokens = usage.input_tokens, usage.output_tokens
             if usage.model and usage.model != record.model:
@@ -211,6 +284,12 @@ class Passage:
         if self._session is not None and outcome is not Outcome.NEVER_REACHED:
             tokens = usage.total_tokens if usage else 0
             self._steps.sessions.remember(principal, self._session, tokens, record.model)
+
+
+def _of_length(fields: list[Field], body_bytes: int) -> list[Field]:
+    """`fields` with Content-Length, where it is among them, of a body of so many bytes."""
+    length = b"%d" % body_bytes
+    return [(name, length if name.lower() == b"content-length" else value) for name, value in fields]
 
 
 def limit_fields(hold: Hold, route: Route, answer: Answer) -> list[Field]:

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gateway.admission import Admission
-from gateway.config import RouteTable
+from gateway.config import Credits, RouteTable
 from gateway.floodgate import Floodgate
 from gateway.headers import Network
+from gateway.idempotency import Idempotency
 from gateway.identity import Identity
 from gateway.overrides import Overrides
 from gateway.policy import PolicySet
@@ -23,6 +24,7 @@ class Steps:
     floodgate: Floodgate
     identity: Identity
     policies: PolicySet
+    credits: Credits
     overrides: Overrides
     admission: Admission
     sessions: Sessions
@@ -37,3 +39,5 @@ class Steps:
     via: str | None
     #: Answers and refusals say what is left of the limits.
     limit_headers: bool
+    #: For the routes that take an Idempotency-Key.
+    idempotency: Idempotency | None = None

@@ -9,7 +9,7 @@ answer has been sent; after that the connection is cut, never ended as if the an
 
 import asyncio
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import replace
 
 import structlog
@@ -19,11 +19,19 @@ from gateway.admission import Hold
 from gateway.config import MethodMismatch, Route
 from gateway.dialects import DIALECTS
 from gateway.downstream import Client, too_large
-from gateway.errors import BadRequest, ClientLeft, GatewayError, MethodNotAllowed, Unauthenticated, UnknownRoute
+from gateway.errors import (
+    BadRequest,
+    ClientLeft,
+    GatewayError,
+    MethodNotAllowed,
+    OutOfCredits,
+    Unauthenticated,
+    UnknownRoute,
+)
 from gateway.identity import Identified
 from gateway.policy import CompiledPolicy
 from gateway.proxy.noting import note_limits
-from gateway.proxy.passage import Body, Passage
+from gateway.proxy.passage import LOCAL_FIELD, Body, Passage
 from gateway.proxy.steps import Steps
 from gateway.proxy.websocket import WebSocketPassage
 from gateway.telemetry import Record
@@ -45,7 +53,11 @@ class Walk:
         self._dialect = DIALECTS["problem"]
         self._passage: Passage | None = None
         self._hold: Hold | None = None
+        #: What the client calls the request, where that counts.
+        self._key: str | None = None
         self._ended_by: GatewayError | None = None
+        #: The gateway ends an answer of its own will, and says so in the answer as far as its format allows.
+        self._explains = False
         self._task = asyncio.current_task()
 
     def end(self, error: GatewayError) -> None:
@@ -72,7 +84,11 @@ class Walk:
                 raise
             assert self._task is not None
             self._task.uncancel()
+            self._explains = True
             refusal, record.error = self._ended_by.refusal(), str(self._ended_by)
+        except OutOfCredits as exc:
+            self._explains = True
+            refusal, record.error = exc.refusal(), str(exc)
         except GatewayError as exc:
             refusal, record.error = exc.refusal(), str(exc)
         except Exception:
@@ -100,32 +116,47 @@ class Walk:
                 return refusal
             body, peek = None, None
         else:
+            self._key = steps.idempotency.key(facts) if route.idempotency and steps.idempotency else None
             body, peek = await self._read(route, rules)
         named = steps.sessions.name(facts, self._hold_id)
         overrides = steps.overrides.of(principal.org_id)
         session = keys.digest(named.session_id) if named else None
         self._note_asking(principal, overrides, session)
+        quote = policy.quote(rules, route, peek, steps.credits)
+        if isinstance(quote, Refusal):
+            return quote
         asking = policy.Asking(principal, facts, route, peek, session, overrides)
         demands = policy.demands(rules, asking)
         if (oversized := policy.never_fits(demands)) is not None:
             return policy.request_exceeds_limit(oversized)
-        # Asked now so that it leaves with the admission, in one write.
-        found = steps.sessions.begin(principal, named) if named else None
-        holding = steps.admission.hold(self._hold_id, principal, demands, rules.price_ucredits)
-        self._hold = holding.hold
-        async with holding as verdict:
-            record.phase("admit")
-            if isinstance(verdict, Refusal):
-                return verdict
-            record.hold_id, record.available_ucredits = self._hold_id, verdict.available_ucredits
-            talk: Session | None = None
-            if named is not None:
-                talk = await steps.sessions.attach(principal, named, found)
-                record.turn = talk.turn
-            passage = WebSocketPassage if opens else Passage
-            self._passage = passage(steps, self._client, facts, route, identified, verdict, talk, record)
-            await self._passage.through(body, peek)
+        async with self._once(principal, body) as known:
+            if known is not None:
+                return known
+            # Asked now so that it leaves with the admission, in one write.
+            found = steps.sessions.begin(principal, named) if named else None
+            holding = steps.admission.hold(self._hold_id, principal, demands, quote)
+            self._hold = holding.hold
+            async with holding as verdict:
+                record.phase("admit")
+                if isinstance(verdict, Refusal):
+                    return verdict
+                record.hold_id, record.available_ucredits = self._hold_id, verdict.available_ucredits
+                talk: Session | None = None
+                if named is not None:
+                    talk = await steps.sessions.attach(principal, named, found)
+                    record.turn = talk.turn
+                passage = WebSocketPassage if opens else Passage
+                self._passage = passage(steps, self._client, facts, route, identified, verdict, talk, record)
+                await self._passage.through(body, peek)
         return None
+
+    def _once(self, principal: Principal, body: Body) -> AbstractAsyncContextManager[Refusal | None]:
+        """The block around a request that its client may send again; what went wrong with that is in the way."""
+        idempotency = self._steps.idempotency
+        if self._key is None or idempotency is None:
+            return nullcontext()
+        assert body is None or isinstance(body, bytes)
+        return idempotency.once(self._key, principal, self._facts, body or b"", self._hold_id, self._record)
 
     def _flooding(self) -> Refusal | None:
         """Whose network has failed too often is not asked who it is, unless its credential is known already."""
@@ -194,7 +225,9 @@ class Walk:
             return body, self._note_peek(format.peek(body))
         if length is None and facts.header(b"transfer-encoding") is None:
             return None, None if format is None else Peek(0)
-        arrived = await self._client.arrived()
+        # What it is called stands for all of it.
+        whole = self._key is not None
+        arrived = await (self._client.whole_body(route.body_bytes_max) if whole else self._client.arrived())
         if arrived is None:
             self._record.body_bytes = None if length is None else int(length)
             return self._client.body(route.body_bytes_max), None if format is None else Peek(int(length or 0))
@@ -224,11 +257,12 @@ class Walk:
                     refusal = replace(refusal, limits=())
                 rendered = self._dialect.render(refusal, self._record.request_id)
                 self._record.status = rendered.status
-                await client.start(rendered.status, rendered.headers)
+                local = self._hold is not None and self._hold.judged_by == "local"
+                await client.start(rendered.status, (*rendered.headers, LOCAL_FIELD) if local else rendered.headers)
                 await client.finish(rendered.body)
-            elif self._ended_by is not None and self._passage is not None and self._passage.between_events:
+            elif self._explains and self._passage is not None and self._passage.between_events:
                 # The answer's own status stays. Without a last event the server cuts the connection when we return.
                 if event := self._dialect.stream_error(refusal):
-                    await client.finish(event)
+                    await client.finish(event, trailers=() if self._passage.awaits_trailers else None)
         except ClientLeft:
             return

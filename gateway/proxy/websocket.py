@@ -15,7 +15,7 @@ from gateway.downstream import Client
 from gateway.errors import UpstreamBroke
 from gateway.meter import Meter
 from gateway.proxy.passage import SESSION_FIELD, Field, Passage
-from gateway.types import Outcome, Peek, Refusal
+from gateway.types import Outcome, Peek, Quote, Refusal
 from gateway.upstream import Answer, Tunnel
 from gateway.websocket import PROTOCOL, Ended, Message, Relay, proven
 
@@ -30,11 +30,11 @@ class WebSocketPassage(Passage):
     def _outbound(self, *, streamed: bool, upgrade: bytes = PROTOCOL) -> list[Field]:
         return super()._outbound(streamed=streamed, upgrade=upgrade)
 
-    async def _relay(self, answer: Answer, meter: Meter | None) -> None:
+    async def _relay(self, answer: Answer, meter: Meter | None, peek: Peek | None) -> None:
         if answer.status == 101:
             await self._open(answer)
         else:
-            await super()._relay(answer, meter)
+            await super()._relay(answer, meter, peek)
 
     def _settle(self, outcome: Outcome, meter: Meter | None, peek: Peek | None) -> None:
         ended = None if self._relaying is None else self._relaying.ended()
@@ -69,7 +69,8 @@ class WebSocketPassage(Passage):
         demands = policy.message_demands(rules, asking)
         hold_id = f"{self._hold.hold_id}:{message.number}"
         admission = self._steps.admission
-        async with admission.hold(hold_id, principal, demands, rules.per_message_ucredits) as verdict:
+        quote = Quote.flat(rules.per_message_ucredits)
+        async with admission.hold(hold_id, principal, demands, quote) as verdict:
             if isinstance(verdict, Refusal):
                 yield verdict
                 return
@@ -77,7 +78,7 @@ class WebSocketPassage(Passage):
                 yield None
             finally:
                 if message.forwarded:
-                    verdict.charge = charge.settle(Outcome.COMPLETE, None, verdict.ucredits, 0)
+                    verdict.charge = charge.settle(Outcome.COMPLETE, None, quote, 0, verdict.ucredits)
                     verdict.meta = {
                         "request_id": self._record.request_id,
                         "route": self._record.route,

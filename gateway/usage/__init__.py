@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from gateway.usage import openai_chat
-from gateway.usage.common import Format, Reader, Unreadable, tokens_of
+from gateway.usage.common import Format, Progress, Reader, Unreadable, tokens_of
 
 READERS: Mapping[str, Format] = MappingProxyType(
     {
-        "openai_chat": Format(peek=openai_chat.peek, reader=openai_chat.reader),
+        "openai_chat": Format(peek=openai_chat.peek, reader=openai_chat.reader, capped=openai_chat.capped),
     }
 )
 
-__all__ = ["READERS", "Format", "Reader", "Unreadable", "tokens_of"]
+__all__ = ["READERS", "Format", "Progress", "Reader", "Unreadable", "tokens_of"]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from gateway.types import Peek, Usage
 
@@ -12,6 +12,17 @@ BYTES_PER_TOKEN = 4
 
 class Unreadable(Exception):
     """The answer's bytes cannot be decoded; its usage stays unknown."""
+
+
+class Progress(NamedTuple):
+    """What an answer under way has come to, as of its last whole event."""
+
+    #: The last report, final or not.
+    usage: Usage | None
+    #: UTF-8 bytes of generated text.
+    text_bytes: int
+    #: The event that ends the answer has passed.
+    over: bool
 
 
 class Reader(Protocol):
@@ -35,6 +46,11 @@ class Reader(Protocol):
         """UTF-8 bytes of generated text seen up to here; None when that cannot be told."""
         ...
 
+    def progress(self) -> Progress | None:
+        """How far the answer has come, for the price of looking it up: it is asked after every read of a stream. None
+        for an answer that is read only once it is whole."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Format:
@@ -44,6 +60,9 @@ class Format:
     peek: Callable[[bytes], Peek]
     #: A reader for an answer of this content type and content encoding ("" when absent); None when there is none.
     reader: Callable[[str, str], Reader | None]
+    #: The body with at most so many output tokens allowed, all choices together, and what it then names as the maximum
+    #: of one; None when it allows no more than that. Only for bodies that `peek` takes.
+    capped: Callable[[bytes, int], tuple[bytes, int] | None]
 
 
 def tokens_of(text_bytes: int) -> int:

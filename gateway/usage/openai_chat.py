@@ -12,7 +12,8 @@ import msgspec
 from gateway.errors import BadRequest
 from gateway.types import Peek, Usage
 from gateway.usage.coding import Decoder, decoder
-from gateway.usage.common import Reader
+from gateway.usage.common import Progress, Reader
+from gateway.usage.members import Edit, edited, members
 from gateway.usage.sse import EventSplitter
 
 #: A plain answer up to this size is read as a whole; of a larger one the last TAIL_BYTES are looked at.
@@ -26,6 +27,10 @@ MODEL_CHARS_MAX = 256
 
 #: A reported count above this is not believed.
 _REPORTED_TOKENS_MAX = 1 << 40
+
+#: Members that bound the output; an upstream may obey any of them.
+_MAXIMA = frozenset(("max_tokens", "max_completion_tokens", "max_output_tokens"))
+_MAXIMUM = b"max_completion_tokens"
 
 _DELTA = b'"delta":{"content":"'
 # Every member that carries generated text; the string may be cut off by the end of what arrived. Possessive, so that
@@ -64,6 +69,7 @@ _NOT_JSON = (msgspec.MsgspecError, UnicodeError, RecursionError)
 _request = msgspec.json.Decoder(_Request)
 _answer = msgspec.json.Decoder(_Answer)
 _string = msgspec.json.Decoder(str)
+_number = msgspec.json.Decoder(float | int | None)
 
 
 def peek(body: bytes) -> Peek:
@@ -101,6 +107,32 @@ def reader(content_type: str, content_encoding: str) -> Reader | None:
     if media_type == "application/json" or media_type.endswith("+json"):
         return BodyReader(coding)
     return None
+
+
+def capped(body: bytes, output_tokens: int) -> tuple[bytes, int] | None:
+    """`body` with a maximum for each choice, all of them together at most `output_tokens`; see `Format.capped`.
+
+    Each member that allows more is changed where it stands; every other byte stays. Where none names a maximum, the
+    one that OpenAI's API takes for all of its models is put in front.
+    """
+    named = [member for member in members(body) if member.name in _MAXIMA]
+    most = max(1, output_tokens // (_whole(_request.decode(body).n, "n", 1, CHOICES_MAX) or 1))
+    wanted = b"%d" % most
+    allowed = [_maximum(member.value) for member in named]
+    edits = [
+        Edit(member.start, member.end, wanted)
+        for member, tokens in zip(named, allowed, strict=True)
+        if tokens is not None and tokens > most
+    ]
+    if not any(allowed):
+        # `null` and zero stand for no maximum.
+        if named:
+            edits = [Edit(member.start, member.end, wanted) for member in named]
+        else:
+            start = body.index(b"{") + 1
+            comma = b"" if body[start:].lstrip().startswith(b"}") else b","
+            edits = [Edit(start, start, b'"%b":%b%b' % (_MAXIMUM, wanted, comma))]
+    return (edited(body, edits), most) if edits else None
 
 
 class StreamReader:
@@ -143,6 +175,9 @@ class StreamReader:
         pending = self._events.pending()
         return self._text_bytes + (text_bytes(pending) if pending else 0)
 
+    def progress(self) -> Progress:
+        return Progress(self._usage, self._text_bytes, self._done)
+
 
 class BodyReader:
     """A plain JSON answer. State: its text so far, or the tail of it once it is too much."""
@@ -168,6 +203,9 @@ class BodyReader:
 
     def delivered_bytes(self) -> int | None:
         return text_bytes(bytes(self._text)) if self._whole else None
+
+    def progress(self) -> None:
+        return None
 
 
 def text_bytes(document: bytes) -> int:
@@ -224,6 +262,12 @@ def _usage_of_tail(tail: bytes) -> Usage | None:
     """
     start = tail.rfind(b'"usage"')
     return None if start < 0 else _usage_of(b"{" + tail[start:], exact=False)
+
+
+def _maximum(value: bytes) -> int | None:
+    """The tokens that a member allows; None for `null`."""
+    number = _number.decode(value)
+    return None if number is None else int(number)
 
 
 def _whole(value: int | float | None, field: str, least: int, most: int) -> int | None:

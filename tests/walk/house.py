@@ -21,7 +21,8 @@ from gateway.app import App, Gateway, create_app
 from gateway.config import load
 from gateway.identity.api_key import new_key
 from gateway.ledger import grant, query
-from gateway.stores import Postgres
+from gateway.ledger.audit import Auditor
+from gateway.stores import Postgres, Redis
 from tests.waiting import until
 
 CREDIT = 1_000_000
@@ -44,9 +45,9 @@ upstreams:
     queue_timeout: {queue_timeout}
     timeouts: {{ connect: {connect}, first_byte: {first_byte}, idle: {idle}, write: {write} }}
 identity: {identity}
-plans: {{ pro: {{ credits: 1000, policy: pro }} }}
+plans: {{ pro: {plan} }}
 routes: {routes}
-credits: {{ lease: {lease}, heartbeat: {heartbeat}, sweep: 200ms, flush: 50ms }}
+credits: {{ lease: {lease}, heartbeat: {heartbeat}, sweep: 200ms, flush: 50ms{credits} }}
 sessions: {{ signing_key: "{signing_key}" }}
 unauthenticated: {unauthenticated}
 shared_limits: {shared_limits}
@@ -69,10 +70,13 @@ ROUTES = """
 #: How long the stores may take when nothing is configured. Most tests allow more: they are not about time.
 DEFAULT_TIMEOUTS = {"redis_timeout": "100ms", "redis_connect_timeout": "200ms", "postgres_timeout": "200ms"}
 
+#: Settings with which nothing takes the place of Redis while it is away.
+REFUSE = {"credits": ", without_redis: refuse", "limit_rules": "{ without_redis: refuse }"}
+
 POLICY = """
 policy: pro
 limits: {limits}
-price: {{ per_request: {price}, per_message: {per_message} }}
+price: {{ per_request: {price}, per_message: {per_message}{prices} }}
 """
 
 
@@ -91,6 +95,8 @@ class House:
     limits: list[dict[str, Any]] = field(default_factory=list)
     price: int = 1
     per_message: int = 0
+    #: More of `price`, as YAML; begins with a comma.
+    prices: str = ""
     settings: dict[str, str] = field(default_factory=dict)
 
     def write_config(self) -> Path:
@@ -114,6 +120,8 @@ class House:
             "lease": "30s",
             "heartbeat": "10s",
             "signing_key": "",
+            "plan": "{ credits: 1000, policy: pro }",
+            "credits": "",
             # Many tests are about nothing but requests that are refused.
             "unauthenticated": "{ failures: 0 }",
             "shared_limits": "[]",
@@ -127,7 +135,9 @@ class House:
         path = self.directory / "gateway.yaml"
         path.write_text(CONFIG.format(**values))
         (self.directory / "policies").mkdir(exist_ok=True)
-        policy = POLICY.format(limits=json.dumps(self.limits), price=self.price, per_message=self.per_message)
+        policy = POLICY.format(
+            limits=json.dumps(self.limits), price=self.price, per_message=self.per_message, prices=self.prices
+        )
         (self.directory / "policies" / "pro.yaml").write_text(policy)
         return path
 
@@ -159,8 +169,10 @@ class House:
         return 0 if row is None else int(row["balance"])
 
     async def account(self) -> dict[str, int]:
+        """The fields of the account in Redis that are numbers."""
         stored = await self.redis.hgetall(keys.account(self.org_id))
-        return {str(name, "ascii"): int(value) for name, value in stored.items() if isinstance(name, bytes)}
+        fields = {name.decode() if isinstance(name, bytes) else name: value for name, value in stored.items()}
+        return {name: int(value) for name, value in fields.items() if name not in ("r", "b")}
 
     async def at_rest(self) -> bool:
         """No hold is open and everything charged is posted."""
@@ -175,6 +187,14 @@ class House:
         """Wait until everything is at rest; then Redis and PostgreSQL must agree."""
         await until(self.at_rest, timeout_s)
         assert (await self.account()).get("p", 0) in (0, await self.balance())
+
+    async def assert_accounted_for(self) -> None:
+        """Every credit is: in the ledger, in balances, in outbox and holds."""
+        redis = Redis(self.redis_url, timeout_ms=5_000, connect_timeout_ms=5_000)
+        redis.start()
+        report = await Auditor(self.postgres, redis).audit()
+        await redis.close()
+        assert (report.wrong, report.trouble) == ((), None)
 
     def client(self, address: str, secret: str | None = None) -> httpx.AsyncClient:
         return httpx.AsyncClient(

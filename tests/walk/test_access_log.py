@@ -14,7 +14,7 @@ import pytest
 from gateway.ledger import grant
 from tests.waiting import until
 from tests.walk import raw
-from tests.walk.house import CREDIT, House, Process, chat_body
+from tests.walk.house import CREDIT, REFUSE, House, Process, chat_body
 from tests.walk.raw import Relay, Visit
 
 CHAT = "/v1/chat/completions"
@@ -41,6 +41,7 @@ SETTINGS = {
   - {{ path: /get-only, method: GET, upstream: ai_router }}
   - {{ path: /up/*, upstream: ai_router }}
 """,
+    **REFUSE,
 }
 LIMITS = [
     {"name": "per-talk", "count": "requests", "limit": 1, "window": "1h", "per": "session"},

@@ -51,6 +51,7 @@ async def test_a_gateway_killed_during_fifty_streams_leaves_no_hold_and_charges_
             await house.settled(20)
             assert await house.charges() == [("orphan", CREDIT)] * STREAMS
             assert await house.balance() == (100 - STREAMS) * CREDIT
+            await house.assert_accounted_for()
             # The slots of the dead are free as well.
             async with raw.connection(successor.address) as (reader, writer):
                 writer.write(raw.request(house.secret))
@@ -83,7 +84,7 @@ async def test_a_stream_that_outlives_its_lease_keeps_its_hold(house: House) -> 
 
             await until(renewed_past_its_first_lease)
             assert await house.redis.hlen(keys.holds(house.org_id)) == 1
-            assert gateway.gateway._sweeper.swept_count == 0
+            assert gateway.gateway.money.sweeper.swept_count == 0
 
 
 async def test_postgres_stopped_for_a_while_under_load_loses_nothing(house: House, tmp_path: Path, full: bool) -> None:
@@ -116,6 +117,7 @@ async def test_postgres_stopped_for_a_while_under_load_loses_nothing(house: Hous
                 asked = statuses[200] + 1
                 assert await house.charges() == [("settle", CREDIT)] * asked
                 assert await house.balance() == (100_000 - asked) * CREDIT
+                await house.assert_accounted_for()
                 await house.postgres.close()
     finally:
         await database.stop()

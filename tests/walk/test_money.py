@@ -34,6 +34,7 @@ async def assert_twenty_paid(house: House, statuses: Counter[int]) -> None:
     assert await house.charges() == [("settle", CREDIT)] * 20
     assert await house.balance() == 0
     assert await house.redis.get(f"ai_credits:org_{house.org_id}") == b"0"
+    await house.assert_accounted_for()
 
 
 @BOTH_STORES

@@ -62,7 +62,7 @@ async def test_health_tells_what_is_away_and_when_it_is_back(house: House) -> No
         await until_health(client, "ok")
         assert await chat(client) == 200
         for name, status, answered in (
-            ("redis", "down", 503),
+            ("redis", "degraded", 200),
             ("postgres", "degraded", 200),
             ("upstream:ai_router", "degraded", 502),
         ):
@@ -71,9 +71,9 @@ async def test_health_tells_what_is_away_and_when_it_is_back(house: House) -> No
             assert seen["checks"][name]["says"]
             assert await chat(client) == answered
             await relay[name].open()
-        for name, status in (("redis", "down"), ("postgres", "degraded")):
+        for name in ("redis", "postgres"):
             relay[name].freeze()
-            await until_health(client, status, name)
+            await until_health(client, "degraded", name)
             relay[name].thaw()
         await until_health(client, "ok")
         assert await chat(client) == 200
@@ -81,6 +81,19 @@ async def test_health_tells_what_is_away_and_when_it_is_back(house: House) -> No
         for url in (house.redis_url, house.database_url):
             assert url.partition("@")[0].rpartition(":")[2] not in text
         await house.settled()
+
+
+async def test_without_redis_nothing_is_served_where_nothing_may_stand_in(house: House) -> None:
+    house.settings["credits"] = ", without_redis: refuse"
+    await house.credits(5)
+    async with AsyncExitStack() as stack:
+        relay = await relays(house, stack)
+        gateway = await stack.enter_async_context(in_process(house))
+        client = await stack.enter_async_context(house.client(gateway.address))
+        await until_health(client, "ok")
+        await relay["redis"].close()
+        await until_health(client, "down", "redis")
+        assert await chat(client) == 503
 
 
 async def test_a_gateway_started_before_everything_else_is_ready_when_the_rest_is_there(house: House) -> None:

@@ -26,7 +26,7 @@ async def metas(house: House) -> list[tuple[str, int | None]]:
 
 async def test_credits_that_run_out_between_messages_close_with_1008_and_an_exact_ledger(house: House) -> None:
     house.per_message = 2
-    await house.credits(5)  # 1 for the connection, 2 for each of two messages
+    await house.credits(5)  # 1 for the connection, held until its end, 2 for each of two messages
     async with live(house, rules=COUNTED) as door, door.connect() as client:
         for number in range(2):
             await client.send(f"message {number}")
@@ -36,9 +36,9 @@ async def test_credits_that_run_out_between_messages_close_with_1008_and_an_exac
             await client.recv()
         assert closed.value.rcvd is not None
         assert closed.value.rcvd.code == 1008
-        assert closed.value.rcvd.reason.startswith("insufficient_credits: ")
+        assert closed.value.rcvd.reason.startswith("request_exceeds_balance: ")
         await door.served[0].wait_closed()
-        assert (door.served[0].close_code, door.served[0].close_reason) == (1001, "insufficient_credits")
+        assert (door.served[0].close_code, door.served[0].close_reason) == (1001, "request_exceeds_balance")
         await house.settled()
     assert await house.charges() == [("settle", 2 * CREDIT), ("settle", 2 * CREDIT), ("settle", CREDIT)]
     assert await metas(house) == [("", None), ("1", 1), ("2", 2)]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from tests.walk.wire.stage import Answers, Arrives, Asks, Closes, Gets, Line
 
-PLAIN, METERED, BUFFERED, CONFIGURED = "plain", "metered", "buffered", "configured"
+PLAIN, METERED, BUFFERED, CONFIGURED, CAPPED = "plain", "metered", "buffered", "configured", "capped"
 #: A request body that the metered and the buffered route can read.
 CHAT = b'{"model":"demo-small","messages":[{"role":"user","content":"hello"}]}'
 HELLO = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"

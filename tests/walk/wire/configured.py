@@ -1,8 +1,9 @@
-"""Cases for a gateway that is told to differ as little as it can, from a client that it trusts, and to name itself."""
+"""Cases for a gateway that is told to differ as little as it can, from a client that it trusts, and to name itself; and
+for a route that holds requests to the output that is paid for."""
 
 from collections.abc import Iterator
 
-from tests.walk.wire.case import CONFIGURED, Case, answer, answer_chunked, ask, once, once_closed
+from tests.walk.wire.case import CAPPED, CONFIGURED, Case, answer, answer_chunked, ask, chat, once, once_closed
 
 
 def cases() -> Iterator[Case]:
@@ -26,3 +27,8 @@ def cases() -> Iterator[Case]:
         b"X-Last: 1",
     )
     yield Case("configured: a trusted proxy's claims continued", once(ask(b"GET", b"/x", *claims)), ways)
+    capped = (CAPPED,)
+    yield Case("capped: a chat", once(chat(b"X-Last: 1")), capped)
+    yield Case("capped: an answer in chunks", once(chat(), answer_chunked(b"a", b"b")), capped)
+    yield Case("capped: digests of another body", once(chat(b"Content-MD5: x", b"Content-Digest: a=:b:")), capped)
+    yield Case("capped: an error of the upstream", once(chat(), answer(status=429, reason=b"No")), capped)

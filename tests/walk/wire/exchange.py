@@ -32,6 +32,8 @@ class Setting:
     buffered: bool = False
     #: `dialect` of the route.
     dialect: str = "problem"
+    #: `enforce_max_tokens: inject`, and what a request without a maximum is held to; None: off.
+    most_tokens: int | None = None
     #: `limits.headers`.
     limit_fields: bool = True
 

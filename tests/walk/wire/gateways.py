@@ -14,7 +14,7 @@ from gateway.ledger import grant, migrate
 from gateway.stores import Postgres
 from tests.walk.house import House, in_process
 from tests.walk.wire import stage
-from tests.walk.wire.case import BUFFERED, CONFIGURED, METERED, PLAIN, Case
+from tests.walk.wire.case import BUFFERED, CAPPED, CONFIGURED, METERED, PLAIN, Case
 from tests.walk.wire.ear import STALL_S
 from tests.walk.wire.exchange import Setting
 from tests.walk.wire.messages import HEAD_END
@@ -23,6 +23,7 @@ from tests.walk.wire.stage import Transcript, Upstream
 SIGNING_KEY = "a-signing-key-of-32-characters-or-more"
 ROUTES = """
   - { path: /metered/*, upstream: ai_router, dialect: openai, usage: openai_chat }
+  - { path: /capped/*, upstream: ai_router, usage: openai_chat, enforce_max_tokens: inject }
   - { path: /*, upstream: ai_router }
 """
 ROUTES_CONFIGURED = """
@@ -30,7 +31,10 @@ ROUTES_CONFIGURED = """
   - { path: /*, upstream: ai_router, forward_credential: true }
 """
 PLANS = "plans: { pro: { credits: 1000, policy: pro } }"
-PLANS_TOO = "plans: { pro: { credits: 1000, policy: pro }, counted: { credits: 1000, policy: counted } }"
+PLANS_TOO = (
+    "plans: { pro: { credits: 1000, policy: pro }, counted: { credits: 1000, policy: counted }, "
+    "capped: { credits: 1000, policy: capped } }"
+)
 #: Of what is taken all is back within a millisecond, and each request has a session of its own, so that none meets the
 #: traces of another one. What is in shadow would tell of the ones before.
 LIMITS: list[dict[str, Any]] = [
@@ -61,11 +65,14 @@ policy: counted
 limits:
   - { name: tokens, count: tokens, algorithm: gcra, limit: 1000000000, burst: 1000000000, window: 1s }
 """
+#: Output costs something, and 1024 tokens of it are held for a client that names no maximum.
+CAPPED_POLICY = "policy: capped\nprice: { per_million_output_tokens: 1 }\n"
 
 
 @dataclass
 class WireHouse(House):
-    """A house with a second plan, under which tokens are limited, and with more lines of configuration."""
+    """A house with a second plan, under which tokens are limited, a third, under which they cost something, and with
+    more lines of configuration."""
 
     more: dict[str, str] = field(default_factory=dict)
 
@@ -77,6 +84,7 @@ class WireHouse(House):
             text = text.replace(line, instead)
         path.write_text(text)
         (self.directory / "policies" / "counted.yaml").write_text(COUNTED)
+        (self.directory / "policies" / "capped.yaml").write_text(CAPPED_POLICY)
         return path
 
 
@@ -169,8 +177,9 @@ async def gateways(directory: Path, redis_url: str, database_url: str) -> AsyncI
         )
         acme = (await house.add_key("acme", "ann")).encode()
         counted = (await house.add_key("counted")).encode()
-        await postgres.row("UPDATE gateway.org SET plan = 'counted' WHERE org_id = 'counted'")
-        for org in ("acme", "counted"):
+        capped = (await house.add_key("capped")).encode()
+        await postgres.row("UPDATE gateway.org SET plan = org_id WHERE org_id IN ('counted', 'capped')")
+        for org in ("acme", "counted", "capped"):
             await grant(postgres, org, 1_000_000_000_000, grant_id=f"grant:{org}")
         port = _port((await stack.enter_async_context(in_process(house))).address)
         other_port = _port((await stack.enter_async_context(in_process(configured))).address)
@@ -194,6 +203,22 @@ async def gateways(directory: Path, redis_url: str, database_url: str) -> AsyncI
                         key=counted,
                         buffered=True,
                         dialect="openai",
+                    ),
+                ),
+                CAPPED: Way(
+                    port,
+                    b"/capped",
+                    capped,
+                    Setting(
+                        authority,
+                        b"capped",
+                        b"capped",
+                        None,
+                        SIGNING_KEY.encode(),
+                        key=capped,
+                        buffered=True,
+                        most_tokens=1024,
+                        limit_fields=False,
                     ),
                 ),
                 CONFIGURED: Way(

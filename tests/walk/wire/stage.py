@@ -16,8 +16,10 @@ from tests.walk.wire.messages import HEAD_END, cut
 #: Sent when a dialogue is over, to learn whether the connection still serves; belongs to no transcript.
 PROBE = (
     b"POST {at}/probe HTTP/1.1\r\nHost: probe\r\nAuthorization: Bearer {key}\r\n"
-    b"Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+    b"Content-Type: application/json\r\nContent-Length: 16\r\n\r\n"
 )
+#: It allows so little output that no route changes it.
+PROBE_BODY = b'{"max_tokens":1}'
 PROBED = b"HTTP/1.1 299 Probed\r\nContent-Length: 0\r\n\r\n"
 
 
@@ -56,7 +58,7 @@ class Stage:
         ear = self.client_ear
         if expected == "open":
             self.upstream.probed = bytearray()
-            self.client.write(self.fill(PROBE))
+            self.client.write(self.fill(PROBE) + PROBE_BODY)
             await ear.until(lambda: bool(ear.ended) or len(ear.heard) > ear.message_at, "the probe")
             if ear.heard.startswith(b"HTTP/1.1 299 ", begin := ear.message_at):
                 await ear.until(ear.has_message, "the answer to the probe")
@@ -210,7 +212,7 @@ class Upstream:
             self.ear.hear(data)
             return
         self.probed += data
-        if self.probed.endswith(HEAD_END + b"{}"):
+        if self.probed.endswith(HEAD_END + PROBE_BODY):
             # Whatever did not belong to the question belongs to the transcript, where it will be seen.
             self.ear.hear(bytes(self.probed[: self.probed.rfind(b"POST ")]))
             self.probed.clear()

@@ -26,6 +26,11 @@ def _answer_id(message: Message, exchange: Exchange) -> Message:
     return message.adding(name + b": " + request_id_of(exchange))
 
 
+def _max_tokens(message: Message, exchange: Exchange) -> Message:
+    most = exchange.setting.most_tokens
+    return message if message.is_interim or most is None else message.adding(b"x-gateway-max-tokens: %d" % most)
+
+
 def _limits(message: Message, exchange: Exchange) -> Message:
     if message.is_interim or not exchange.setting.limit_fields:
         return message
@@ -155,6 +160,7 @@ TO_CLIENT = (
     Difference("request-id", "answer", _answer_id),
     Difference("session-id", "answer", _answer_session),
     Difference("answer-via", "answer", via),
+    Difference("max-tokens-named", "answer", _max_tokens),
     Difference("limits", "answer", _limits),
     Difference("limit-warning", "answer", _limit_warning),
     Difference("answer-version", "answer", version),

@@ -66,6 +66,19 @@ def _request_chunks(message: Message, exchange: Exchange) -> Message:
     return replace(message, body=cut_up(body.content, exchange.learned.request_chunks, body.trailers))
 
 
+def _max_tokens(message: Message, exchange: Exchange) -> Message:
+    most = exchange.setting.most_tokens
+    if most is None:
+        return message
+    body = b'{"max_completion_tokens":%d,' % most + message.body.removeprefix(b"{")
+    lines = (
+        line.replace(b"%d" % len(message.body), b"%d" % len(body)) if name_of(line) == b"content-length" else line
+        for line in message.lines
+        if name_of(line) not in (b"content-md5", b"digest", b"content-digest", b"repr-digest")
+    )
+    return replace(message, lines=tuple(lines), body=body)
+
+
 def _who_asks(message: Message, exchange: Exchange) -> Message:
     setting = exchange.setting
     return message.adding(
@@ -162,6 +175,7 @@ TO_UPSTREAM = (
     Difference("host", "request", _host),
     Difference("request-trailers", "request", trailer_fields),
     Difference("request-chunks", "request", _request_chunks),
+    Difference("max-tokens", "request", _max_tokens),
     Difference("who-asks", "request", _who_asks),
     Difference("forwarded-fields", "request", _where_from),
     Difference("user", "request", _user),
