@@ -4,6 +4,7 @@ import asyncio
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import msgspec
@@ -11,16 +12,20 @@ import typer
 from rich.table import Table
 
 from gateway import keys
+from gateway.cli.audit import audit
 from gateway.cli.invocation import Invocation, JsonOption, OrgArgument, invocation, open_ledger
 from gateway.cli.output import console, emit_json, format_credits, format_time, remark, say, table
+from gateway.cli.reconcile import reconcile
 from gateway.config import Stores
 from gateway.errors import StoreUnavailable
-from gateway.ledger.orgs import EntryRow, Granted, get_balance, give_credits, list_entries
+from gateway.ledger.orgs import EntryRow, Granted, get_pockets, give_credits, list_entries
 from gateway.stores import Redis
 
 REDIS_TIMEOUT_MS = 1_000
 
-app = typer.Typer(no_args_is_help=True, help="Credits: grant, balance, ledger.")
+app = typer.Typer(no_args_is_help=True, help="Credits: grant, balance, ledger; audit, reconcile.")
+app.command()(audit)
+app.command()(reconcile)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +34,27 @@ class WorkingSet:
 
     held_ucredits: int
     unposted_ucredits: int
+    #: Held in PostgreSQL, or left alone because a lost state of Redis may have owed it.
+    set_aside_ucredits: int
     #: What the next request may spend.
     available_ucredits: int
 
 
 @dataclass(frozen=True, slots=True)
 class BalanceReport:
-    """`in_redis` is None when Redis could not be asked; `trouble` says why."""
+    """The posted balance is the sum of two pockets. `in_redis` is None when Redis could not be asked; `trouble` says
+    why."""
 
     org_id: str
     posted_ucredits: int
+    #: Spent first; with a plan that has periods, those of the current one.
+    plan_ucredits: int
+    #: Never expires.
+    purchased_ucredits: int
+    #: The plan that granted last.
+    plan: str | None
+    #: When a request brings the plan's next credits; None: the plan has no periods.
+    period_ends: datetime | None
     in_redis: WorkingSet | None
     trouble: str | None
 
@@ -58,7 +74,7 @@ def grant(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Give an organization credits; running gateways know at once."""
+    """Give an organization credits that never expire; running gateways know at once."""
     name = f"grant:cli:{uuid.uuid4()}" if grant_id is None else grant_id
     given = asyncio.run(_grant(invocation(ctx), org, amount, name, note, create))
     if as_json:
@@ -76,31 +92,45 @@ async def _grant(invoked: Invocation, org: str, amount: int, grant_id: str, note
 
 @app.command()
 def balance(ctx: typer.Context, org: OrgArgument, as_json: JsonOption = False) -> None:
-    """Show the posted balance and, when Redis answers, what is held, unposted and available."""
+    """Show the posted balance, what of it is plan credit, and, when Redis answers, what is held and available."""
     report = asyncio.run(_balance(invocation(ctx), org))
     if as_json:
         emit_json(report)
         return
-    rows = [("posted", format_credits(report.posted_ucredits))]
+    rows = [
+        ("posted", format_credits(report.posted_ucredits)),
+        ("  of the plan", format_credits(report.plan_ucredits)),
+        ("  purchased", format_credits(report.purchased_ucredits)),
+    ]
     if report.in_redis is not None:
         rows += [
             ("unposted charges", format_credits(report.in_redis.unposted_ucredits)),
             ("held in flight", format_credits(report.in_redis.held_ucredits)),
+            ("set aside", format_credits(report.in_redis.set_aside_ucredits)),
             ("available", format_credits(report.in_redis.available_ucredits)),
         ]
     console().print(table((report.org_id, "credits#"), rows))
+    if report.period_ends is not None:
+        over = report.period_ends <= datetime.now(UTC)
+        ending = "is over since" if over else "ends"
+        next_request = ": the next request brings the credits of the current one" if over else ""
+        say(f"the period of plan {report.plan} {ending} {format_time(report.period_ends)}{next_request}")
     if report.trouble is not None:
         remark(f"held, unposted and available are not known: {report.trouble}")
 
 
 async def _balance(invoked: Invocation, org: str) -> BalanceReport:
     async with open_ledger(invoked) as ledger:
-        posted = (await get_balance(ledger.postgres, org)).ucredits
+        found = await get_pockets(ledger.postgres, org)
+        posted = found.plan_ucredits + found.purchased_ucredits
         try:
             in_redis, trouble = await working_set(ledger.settings.stores, org, posted), None
         except StoreUnavailable as exc:
             in_redis, trouble = None, exc.detail or str(exc)
-        return BalanceReport(org, posted, in_redis, trouble)
+        ends = datetime.fromtimestamp(found.period_ends_ms / 1000, UTC) if found.period_ends_ms else None
+        return BalanceReport(
+            org, posted, found.plan_ucredits, found.purchased_ucredits, found.plan, ends, in_redis, trouble
+        )
 
 
 async def working_set(stores: Stores, org_id: str, posted_ucredits: int) -> WorkingSet:
@@ -110,13 +140,14 @@ async def working_set(stores: Stores, org_id: str, posted_ucredits: int) -> Work
     redis = Redis(stores.redis, timeout_ms=REDIS_TIMEOUT_MS, connect_timeout_ms=REDIS_TIMEOUT_MS)
     redis.start()
     try:
-        found = await redis.call("HMGET", keys.account(org_id), "p", "u", "h")
+        found = await redis.call("HMGET", keys.account(org_id), "p", "u", "h", "s")
     finally:
         await redis.close()
-    known, unposted, held = (None if value is None else int(value) for value in found)
+    known, unposted, held, set_aside = (None if value is None else int(value) for value in found)
     # Redis's own view of the posted balance, when it has one: together with `unposted` it counts no charge twice.
     spendable = posted_ucredits if known is None else known
-    return WorkingSet(held or 0, unposted or 0, spendable - (unposted or 0) - (held or 0))
+    spendable -= (set_aside or 0) + (unposted or 0) + (held or 0)
+    return WorkingSet(held or 0, unposted or 0, set_aside or 0, spendable)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """`gateway credits`."""
 
 import asyncio
+from datetime import UTC, datetime, timedelta
 
 import pytest
 import redis
@@ -79,6 +80,7 @@ def test_a_balance_tells_what_redis_holds(acme: CommandLine) -> None:
     assert report["in_redis"] == {
         "held_ucredits": 1_000_000,
         "unposted_ucredits": 2_500_000,
+        "set_aside_ucredits": 0,
         "available_ucredits": 96_500_000,
     }
     shown = {
@@ -87,6 +89,31 @@ def test_a_balance_tells_what_redis_holds(acme: CommandLine) -> None:
     }
     assert (shown["posted"], shown["unposted charges"], shown["held in flight"]) == ("100", "2.5", "1")
     assert shown["available"] == "96.5"
+
+
+def test_a_balance_tells_what_the_plan_brought_and_until_when(acme: CommandLine) -> None:
+    acme.configure("  pro: { credits: 10000,", "  pro: { credits: 50, grant: reset, period: hour,")
+    acme.do("orgs", "add", "team", "--plan", "pro")
+    acme.do("credits", "grant", "team", "7")
+    report = acme.do("credits", "balance", "team", "--json").json()
+    assert (report["plan_ucredits"], report["purchased_ucredits"]) == (50_000_000, 7_000_000)
+    assert (report["posted_ucredits"], report["plan"]) == (57_000_000, "pro")
+    now = datetime.now(UTC)
+    assert now < datetime.fromisoformat(report["period_ends"]) <= now + timedelta(hours=1)
+    assert "the period of plan pro ends " in acme.do("credits", "balance", "team").out
+    without = acme.do("credits", "balance", "acme", "--json").json()
+    assert (without["plan_ucredits"], without["plan"], without["period_ends"]) == (100_000_000, "trial", None)
+
+
+async def test_a_period_that_is_over_is_said_to_be(acme: CommandLine) -> None:
+    acme.configure("  pro: { credits: 10000,", "  pro: { credits: 50, grant: reset, period: hour,")
+    await asyncio.to_thread(acme.do, "orgs", "add", "team", "--plan", "pro")
+    await servers.execute(
+        acme.env["DATABASE_URL"], "UPDATE gateway.account SET period_ends = now() - interval '1 minute'"
+    )
+    said = await asyncio.to_thread(acme.do, "credits", "balance", "team")
+    assert "the period of plan pro is over since" in said.out
+    assert "the next request brings the credits of the current one" in said.out
 
 
 def test_an_org_redis_does_not_know_has_all_of_its_balance(acme: CommandLine) -> None:

@@ -8,8 +8,9 @@ from gateway.admission import Admission, Hold, Rules, Settling
 from gateway.config import load
 from gateway.policy import Asking, PolicySet
 from gateway.stores import Redis
-from gateway.types import Charge, Facts, Peek, Principal
+from gateway.types import Charge, Facts, Peek, Principal, Quote
 from tests.cli.conftest import CommandLine
+from tests.limits.rooms import ledgerless
 
 KEPT = Charge(0, None, keep_requests=True, basis="exact")
 
@@ -36,18 +37,14 @@ def use(
     async def take() -> None:
         redis = Redis(gateway.env["REDIS_URL"], timeout_ms=5_000, connect_timeout_ms=5_000)
         redis.start()
-        terms = Rules(30_000, 10_000, 5_000, 1_000, 60)
-        settling = Settling(redis, terms, post=_never, mark_dirty=lambda _: None)
-        desk = Admission(redis, terms, settling, load_balance=_never, recheck=lambda _: None)
+        terms, powers = Rules(30_000, 10_000, 5_000, 1_000, 60), ledgerless(redis)
+        desk = Admission(redis, terms, Settling(redis, terms, powers), powers)
         for number in range(requests):
             async with AsyncExitStack() as stack:
-                hold = await stack.enter_async_context(desk.hold(f"{org}-{user}-{number}", principal, demands, 0))
+                holding = desk.hold(f"{org}-{user}-{number}", principal, demands, Quote.flat(0))
+                hold = await stack.enter_async_context(holding)
                 assert isinstance(hold, Hold), hold
                 hold.charge = KEPT
         await redis.close()
 
     asyncio.run(take())
-
-
-async def _never(*_: object) -> None:
-    raise AssertionError("nothing here costs credits")
