@@ -5,7 +5,7 @@ PYTHON ?=
 VENV   := .venv/bin/python
 PIP    := $(VENV) -m pip --disable-pip-version-check
 
-.PHONY: help run test check proof bench lock clean
+.PHONY: help run test check proof chaos bench lock clean
 .DELETE_ON_ERROR:
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo 'make test     the tests; one of them: make test ARGS="tests/limits -k window"'
 	@echo 'make check    lint, format, types, and who may import whom'
 	@echo 'make proof    storms, transfers, fuzzers and floods in their full size, on both kinds of server; an hour and more'
+	@echo 'make chaos    gateways and stores that are killed, stalled, emptied: make chaos ARGS="--seconds 60 --seed 1 --redis none"'
 	@echo 'make bench    the load run: CPU and latency per request and event, against httpx, nginx and Envoy where installed'
 	@echo 'make lock     the lock files again from pyproject.toml; newest versions: make lock UPGRADE=--upgrade'
 	@echo 'make clean    removes .venv and tool caches; keeps .gateway/, the data of make run'
@@ -32,6 +33,9 @@ check: .venv/.dev
 
 proof: .venv/.dev
 	@$(VENV) -m pytest --full tests/walk tests/websocket tests/upstream tests/downstream tests/limits tests/stores $(ARGS)
+
+chaos: .venv/.dev
+	@$(VENV) -m tests.chaos $(ARGS)
 
 bench: .venv/.dev
 	@$(VENV) -m bench $(ARGS)
