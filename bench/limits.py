@@ -15,23 +15,25 @@ import uuid
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
-from gateway import keys
-from gateway.admission import Admission, Hold, Rules, Settling
+from gateway import keys, limits
+from gateway.admission import Admission, Hold, Powers, Rules, Settling
 from gateway.embedded import EmbeddedValkey
-from gateway.stores import Redis
+from gateway.stores import INCARNATION, Redis, Script
 from gateway.telemetry import configure_logging
-from gateway.types import Charge, Demand, Limit, Principal, Refusal, Usage
+from gateway.types import Balance, Charge, Demand, Limit, Principal, Quote, Refusal, Usage
 
 ORG = "bench"
 ASKER = Principal(ORG, "pro", "ann", "key_1", "api_key")
 UCREDITS = 1_000_000
 TOGETHER = 32
 MINUTE_MS = 60_000
+INSTALL = Script("install", limits.script_text("install"))
 PAID = Charge(UCREDITS, Usage(60, 20), keep_requests=True, basis="exact")
 
 
@@ -62,22 +64,44 @@ class Bench:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        rules = Rules(30_000, 10_000, 2_000, 1_000_000, 3_600)
+        rules = Rules(30_000, 10_000, 2_000, 1_000_000, 3_600, unconfirmed_entries_max=10_000_000)
 
-        async def nothing(*_: object) -> None:
+        async def nothing(*_: object) -> Any:
             return None
 
-        settling = Settling(redis, rules, post=nothing, mark_dirty=lambda _: None)
-        self._admission = Admission(redis, rules, settling, load_balance=nothing, recheck=lambda _: None)
+        def ignored(_: str) -> None:
+            return None
+
+        powers = Powers(
+            load=nothing,
+            raise_cap=nothing,
+            begin_period=nothing,
+            turn_period=nothing,
+            carry=nothing,
+            recheck=ignored,
+            refresh=ignored,
+            recover=nothing,
+            post=nothing,
+            install=nothing,
+            take_in_postgres=nothing,
+            extend_in_postgres=nothing,
+            renew_in_postgres=nothing,
+            instances=lambda: 1,
+            mark_dirty=ignored,
+        )
+        self._admission = Admission(redis, rules, Settling(redis, rules, powers), powers)
 
     async def round(self, wanted: Sequence[Demand], calls: int) -> tuple[Figures, Figures]:
         """Of `calls` admissions, and of their settlements."""
         await self._redis.call("FLUSHALL")
-        await self._redis.call("HSET", keys.account(ORG), "p", calls * UCREDITS * 2, "v", 1)
+        balance = Balance(ORG, calls * UCREDITS * 2, 1)
+        _, birth = await self._install(balance)
+        # As after a first request: the account has a cap, and it is far away.
+        await self._install(replace(balance, version=2, cap_ucredits=balance.ucredits, birth=birth.decode()))
         admitting = settling = Figures(0, 0)
         for at in range(0, calls, TOGETHER):
             batch = [
-                self._admission.hold(uuid.uuid4().hex, ASKER, tuple(wanted), UCREDITS)
+                self._admission.hold(uuid.uuid4().hex, ASKER, tuple(wanted), Quote.flat(UCREDITS))
                 for _ in range(min(TOGETHER, calls - at))
             ]
             verdicts, one = await self._measured([holding.__aenter__() for holding in batch])
@@ -91,6 +115,13 @@ class Bench:
             _, one = await self._measured([holding.__aexit__(None, None, None) for holding in held])
             settling = Figures(settling.server + one.server, settling.gateway + one.gateway)
         return _per_call(admitting, calls), _per_call(settling, calls)
+
+    async def _install(self, balance: Balance) -> list[bytes]:
+        script_keys = [keys.account(ORG), keys.holds(ORG), keys.outbox(ORG), keys.mirror(ORG)]
+        reply: list[bytes] = await self._redis.run(
+            INSTALL, script_keys, [*limits.state_row(balance), 3_600, 0, INCARNATION]
+        )
+        return reply
 
     async def _measured(self, works: list) -> tuple[list, Figures]:  # type: ignore[type-arg]
         await self._redis.call("CONFIG", "RESETSTAT")
