@@ -32,7 +32,7 @@ check: .venv/.dev
 	.venv/bin/lint-imports
 
 proof: .venv/.dev
-	@$(VENV) -m pytest --full tests/walk tests/websocket tests/upstream tests/downstream tests/limits tests/stores $(ARGS)
+	@$(VENV) -m pytest --full tests/walk tests/websocket tests/upstream tests/downstream tests/limits tests/stores tests/protocol tests/chaos $(ARGS)
 
 chaos: .venv/.dev
 	@$(VENV) -m tests.chaos $(ARGS)

@@ -56,7 +56,7 @@ class Gateway:
 
     def __init__(self, money: Money) -> None:
         self.money = money
-        #: By request, when its hold had ended; then, in ms, how long PostgreSQL took to have the charge.
+        #: By request, when its answer had ended; then, in ms, how long PostgreSQL took to have the charge.
         self._ended_s: dict[str, float] = {}
         self.lags_ms: list[float] = []
         noted = money.settling.confirmed
@@ -75,7 +75,7 @@ class Gateway:
         async with self.money.admission.hold(hold_id, asker, (RPM,), quote) as hold:
             assert isinstance(hold, Hold), hold
             hold.charge = charge
-        self._ended_s[hold_id] = time.perf_counter()
+            self._ended_s[hold_id] = time.perf_counter()
 
     async def cpu_us(self, quote: Quote, charge: Charge, count: int) -> float:
         """Of this process, for each of `count` requests, TOGETHER at once."""

@@ -88,7 +88,7 @@ async def keys_for_plans(found: Stores) -> dict[str, str]:
         secrets = {}
         for plan in _POLICIES:
             key = new_key()
-            await postgres.row(query("add_org"), plan, plan, plan)
+            await postgres.row("INSERT INTO gateway.org (org_id, name, plan) VALUES ($1, $1, $1)", plan)
             await postgres.row(query("add_key"), key.key_id, key.sha256, plan, "ann", "bench", None)
             await grant(postgres, plan, CREDITS, grant_id=f"bench:{plan}")
             secrets[plan] = key.secret

@@ -158,7 +158,7 @@ class Gateway:
         """The schema is at this release's version, however long PostgreSQL makes us wait."""
         while not self._migrated:
             try:
-                await migrate(self.postgres, _binding(self._settings))
+                await migrate(self.postgres, Binding.of(self._settings.credits))
                 self._migrated = True
             except StoreUnavailable as exc:
                 log.warning("schema not migrated yet", error=str(exc))
@@ -271,11 +271,6 @@ def _without_redis(settings: Settings) -> str:
     """What Redis's absence makes of the whole."""
     refused = "refuse" in (settings.credits.without_redis, settings.limits.without_redis)
     return "down" if refused else "degraded"
-
-
-def _binding(settings: Settings) -> Binding:
-    credits = settings.credits
-    return Binding(credits.table, credits.org_column, credits.credits_column, credits.schema_)
 
 
 def _session_rules(settings: Settings) -> session.Rules:

@@ -1,4 +1,4 @@
-"""What a finished request costs: the outcome table of DESIGN.md §6, as a pure function.
+"""What a finished request costs: the table of docs/walk.md, as a pure function.
 
     outcome             credits                      token limits        request limits   basis
     never reached       released                     released            released         released
@@ -15,7 +15,7 @@
 owed, and a client library that tries again is not charged for each try.
 
 The flat part of a price is owed in full by whatever reached the upstream; where a final count had passed before the
-answer broke off, the charge is `exact`. A price by the token is rounded up once, here. One row of DESIGN.md is not
+answer broke off, the charge is `exact`. A price by the token is rounded up once, here. One row of docs/walk.md is not
 here: a gateway that died settles nothing, the sweeper does.
 
 What a request used beyond its hold is owed all the same (`overrun: debt`), or forgiven (`absorb`).

@@ -1,7 +1,7 @@
 """Every Redis key name, in one place.
 
 All keys of an org carry the hash tag `{ai_credits:org_<id>}`. It hashes to the same Redis Cluster slot as the
-application's own, untagged key `ai_credits:org_<id>`, so one script may touch them all (limits_credits.md §0.4).
+application's own, untagged key `ai_credits:org_<id>`, so one script may touch them all.
 Client-supplied text never stands in a key: it is hashed to a fixed length.
 """
 

@@ -26,7 +26,7 @@ from gateway.types import UCREDITS_PER_CREDIT, Entry
 #: With what is left to the requests, in connections: half of a small pool, never more than this.
 POSTGRES_AT_ONCE_MAX = 8
 
-log = structlog.get_logger("gateway.app")
+log = structlog.get_logger("gateway.money")
 
 
 class Money:

@@ -1,4 +1,4 @@
-"""The outcome table of DESIGN.md §6, row by row, and what holds for every row."""
+"""The table of docs/walk.md, row by row, and what holds for every row."""
 
 import pytest
 from hypothesis import given

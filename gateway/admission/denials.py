@@ -2,7 +2,7 @@
 
 Sound only where usage does not fall before it must: limits on requests and on sessions, whose counts are given back
 only when the upstream was never reached. Such a release here drops what is remembered; one in another process may go
-unseen, so nothing is remembered for longer than `ttl_ms` (limits_credits.md §1.4). What other limits said in the same
+unseen, so nothing is remembered for longer than `ttl_ms`. What other limits said in the same
 breath is remembered to be told with it, so that nobody is sent back too early; alone it refuses nobody.
 """
 

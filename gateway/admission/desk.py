@@ -251,9 +251,6 @@ class Admission:
                 [part for hold in self._open.values() for part in (hold, hold.shared) if part and part.keys]
             )
 
-    async def _heartbeat(self, hold: Hold) -> None:
-        await self._leases.beat([hold])
-
     # After a loss
 
     async def answered(self, org_id: str) -> None:

@@ -140,7 +140,7 @@ def entry_of(hold: Hold) -> Entry:
 
 
 def actual_of(demand: Demand, charge: Charge | None) -> int:
-    """What the request really used of one demand (outcome table, DESIGN.md §6)."""
+    """What the request really used of one demand (the table of docs/walk.md)."""
     if charge is None:
         return 0
     match demand.limit.unit:

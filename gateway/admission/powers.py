@@ -32,8 +32,8 @@ class Taken(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Powers:
-    """Each raises StoreUnavailable when its store cannot be asked; those that ask both raise UnknownBalance when it is
-    PostgreSQL that cannot, since for want of Redis alone a request may still be admitted."""
+    """Those that are awaited raise StoreUnavailable when their store cannot be asked; those that ask both raise
+    UnknownBalance when it is PostgreSQL that cannot, since for want of Redis alone a request may still be admitted."""
 
     #: (org, plan, need): the org's account is in Redis, with a cap for `need` micro-credits if there is so much.
     load: Callable[[str, str, int], Awaitable[None]]

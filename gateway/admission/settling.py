@@ -11,7 +11,6 @@ first, bounded. A hold is in one of the two until it has ended.
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,6 +20,7 @@ import structlog
 
 from gateway import keys, limits
 from gateway.admission.hold import Hold, Rules, actual_of, counter_keys, entry_of
+from gateway.admission.leases import wall_ms
 from gateway.admission.posting import posted
 from gateway.admission.powers import Powers
 from gateway.admission.unconfirmed import Unconfirmed, by_org
@@ -154,7 +154,7 @@ class Settling:
             msgspec.json.encode(entry.meta),
             limits.mirror_ttl_s(self._rules.mirror_ttl_s),
         ]
-        now_ms = time.time_ns() // 1_000_000
+        now_ms = wall_ms()
         # Without an answer to the admission nobody here knows which shadows it took: they are left to their windows.
         demands = hold.demands if hold.states else hold.demands[: hold.enforced]
         counters = hold.counters

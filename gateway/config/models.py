@@ -152,8 +152,8 @@ class Plan(Section):
 
     credits: Annotated[int, whole(0, rules.CREDITS_MAX)]
     policy: Name
-    #: What a period brings: nothing; `credits` once, to an org that has no row yet (`credits.provision`); as much as is
-    #: missing to `credits`; `credits` in place of what is left of the last ones; `credits` on top.
+    #: What a period brings: nothing; `credits` once, to a new org (`gateway orgs add`, or `credits.provision`); as much
+    #: as is missing to `credits`; `credits` in place of what is left of the last ones; `credits` on top.
     grant: Literal["none", "set_initial", "top_up", "reset", "add"] = "set_initial"
     #: For `top_up`, `reset` and `add`.
     period: Literal["hour", "day", "week", "month"] = "month"

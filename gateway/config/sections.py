@@ -43,6 +43,15 @@ def _beside_the_config(value: object, info: ValidationInfo) -> object:
 
 OptionalText: TypeAlias = Annotated[Text | None, BeforeValidator(empty_is_none)]
 OptionalName: TypeAlias = Annotated[Name | None, BeforeValidator(empty_is_none)]
+
+
+def _directory_beside_the_config(value: object, info: ValidationInfo) -> object:
+    """The same for a directory, which need not be there yet."""
+    if isinstance(value, str) and value and isinstance(info.context, Path):
+        return str((info.context / value).absolute())
+    return empty_is_none(value)
+
+
 OptionalFile: TypeAlias = Annotated[Text | None, BeforeValidator(_beside_the_config, json_schema_input_type=str | None)]
 
 
@@ -187,7 +196,9 @@ class Credits(Section):
     #: Charges reach PostgreSQL by way of Redis, or are written through to it.
     write: Literal["behind", "through"] = "behind"
     #: Directory in which each process notes holds and charges before they count; None: it does not.
-    journal: Annotated[Text | None, BeforeValidator(empty_is_none)] = None
+    journal: Annotated[
+        Text | None, BeforeValidator(_directory_beside_the_config, json_schema_input_type=str | None)
+    ] = None
     #: When Redis lost its state: `cap` leaves to it what it may owe, `optimistic` forgets about that.
     on_state_loss: Literal["cap", "optimistic"] = "cap"
     #: The least that Redis may owe at once for an org, in whole credits, and in percent of its balance: what can be

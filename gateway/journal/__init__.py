@@ -13,10 +13,6 @@ one fsync. The next process that starts over the same directory, on the same mac
 Segments are deleted oldest first, once nothing in them is open or unconfirmed: the end of a hold is never forgotten
 before its beginning. Lines that keep old segments alive are written anew, so that the files never come to much more
 than twice what is needed. A journal that cannot be written refuses: StoreUnavailable, for as long as that lasts.
-
-Wiring: `Journal(Path(credits.journal), Terms(on_expiry=credits.on_expiry, orphan_after_ms=credits.lease_ms + 2 *
-credits.sweep_ms))`, `open()` at the start, `recover(post)` as background work, which may be repeated; `close()` after
-the last settle.
 """
 
 from gateway.journal.journal import Journal, Terms

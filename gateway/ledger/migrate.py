@@ -10,7 +10,7 @@ from importlib.resources import files
 
 import structlog
 
-from gateway.config.sections import Credits
+from gateway.config import Credits
 from gateway.errors import ConfigError, StoreUnavailable
 from gateway.ledger.queries import query
 from gateway.stores import Postgres

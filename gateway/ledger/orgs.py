@@ -67,7 +67,7 @@ class OrgRow:
     name: str
     plan: str
     created_at: datetime
-    #: Posted; None when the org has no row in ai_credits.
+    #: Posted; None when the org has no row in the application's table.
     balance_ucredits: int | None
     #: Keys that were not revoked.
     keys: int

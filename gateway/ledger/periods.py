@@ -30,7 +30,7 @@ PAUSE_S = 1.0
 BEGIN_S = 1.0
 REMEMBERED_MAX = 100_000
 #: As much as Redis can count.
-UCREDITS_MAX = 2**53
+EXACT_MAX = 2**53
 
 log = structlog.get_logger("gateway.ledger")
 
@@ -191,7 +191,7 @@ class Periods:
                 return await self._redis.owed(org_id), None
             version, epoch, cap_ucredits, birth = await self._redis.lower(org_id)
         except StoreUnavailable:
-            return 0 if self._capped else UCREDITS_MAX, None
+            return 0 if self._capped else EXACT_MAX, None
         # One epoch, one birth: as long as PostgreSQL has this epoch, it is this hash that has the cap.
         is_its = birth != "" and (before.epoch, before.birth) == (epoch, birth)
         return 0, (version, epoch, cap_ucredits) if is_its else None

@@ -97,10 +97,6 @@ SELECT gateway.bind($1, $2, $3, $4);
 -- An org's newest ledger entries.
 SELECT seq, request_id, kind, amount, meta, at FROM gateway.ledger WHERE org_id = $1 ORDER BY seq DESC LIMIT $2;
 
--- name: add_org
--- A new org; no row when the id is taken.
-INSERT INTO gateway.org (org_id, name, plan) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING RETURNING org_id;
-
 -- name: orgs
 -- Every org with its balance, in order of id.
 SELECT o.org_id, o.name, o.plan, o.created_at, c.credits::bigint * 1000000 + coalesce(a.micro, 0) AS balance,

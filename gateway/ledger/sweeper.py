@@ -26,7 +26,7 @@ log = structlog.get_logger("gateway.sweeper")
 
 @dataclass(frozen=True, slots=True)
 class SweeperPowers:
-    """What the sweeper needs of others. Each raises StoreUnavailable when it could not be done."""
+    """What the sweeper needs of others. Those that are awaited raise StoreUnavailable when it could not be done."""
 
     #: (org): it has entries to post.
     mark_dirty: Callable[[str], None]

@@ -1,6 +1,6 @@
 """`sliding`: never more than `limit` admitted in any interval of length `window_ms`.
 
-Two algorithms keep that one promise (limits_credits.md §1.1). An exact log of every admission while it is small: no
+Two algorithms keep that one promise (docs/limits.md). An exact log of every admission while it is small: no
 false denial, 8 bytes per admitted request. Conservative sub-buckets beyond, and for weighted costs: constant memory, a
 request may be denied up to window/60 longer than strictly needed. Sessions are logged once each, exactly.
 """

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from gateway.admission import Admission, Settling
 from gateway.floodgate import Floodgate
+from gateway.idempotency import Idempotency
 from gateway.journal import Journal
 from gateway.ledger import Accounts, Losses, Outbox, PostgresHolds, Sweeper
 from gateway.overrides import Overrides
@@ -24,6 +25,7 @@ class MoneyRooms(Protocol):
     sweeper: Sweeper
     losses: Losses
     holds: PostgresHolds
+    idempotency: Idempotency
     journal: Journal | None
 
 
@@ -60,6 +62,8 @@ def _watch_money(metrics: Metrics, rooms: MoneyRooms) -> None:
     watch("gateway_lost_orgs", text, lambda: rooms.losses.waiting_count)
     watch("gateway_losses_told", "Losses of an org of which this process told all.", lambda: rooms.losses.told_count)
     watch("gateway_processes", "Gateway processes that live.", lambda: rooms.losses.instances_count)
+    text = "Ends of requests under an Idempotency-Key that PostgreSQL was not told of yet."
+    watch("gateway_untold_ends", text, lambda: rooms.idempotency.kept_count)
     if (journal := rooms.journal) is not None:
         text = "Open holds and unconfirmed charges in the journal of this process."
         watch("gateway_journal_lines", text, lambda: journal.needed_count)

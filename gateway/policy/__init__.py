@@ -16,7 +16,7 @@ from gateway.policy.asking import ANONYMOUS, VALUE_CHARS_MAX, Asking
 from gateway.policy.compile import CompiledPolicy, PolicySet, claims_needed, compile_limit, headers_needed
 from gateway.policy.demands import demands, message_demands, needs_peek, quote
 from gateway.policy.estimate import token_estimate
-from gateway.policy.refusals import never_fits, request_exceeds_limit, unknown_model_price, unknown_plan
+from gateway.policy.refusals import never_fits, request_exceeds_limit, unknown_plan
 
 __all__ = [
     "ANONYMOUS",
@@ -34,6 +34,5 @@ __all__ = [
     "quote",
     "request_exceeds_limit",
     "token_estimate",
-    "unknown_model_price",
     "unknown_plan",
 ]

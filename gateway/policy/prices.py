@@ -16,12 +16,11 @@ from fnmatch import translate
 from typing import Literal, Self
 
 from gateway import config
-from gateway.config import CREDITS_MAX, Route
+from gateway.charge import UCREDITS_MAX
+from gateway.config import Route
 from gateway.types import UCREDITS_PER_CREDIT, Peek, Price, Quote
 from gateway.usage import tokens_of
 
-#: No single request is held or charged for more: what scripts count exactly.
-UCREDITS_MAX = CREDITS_MAX * UCREDITS_PER_CREDIT
 #: Output tokens without which it is not worth beginning.
 LEAST_OUTPUT_TOKENS = 16
 #: Output tokens that `incremental` holds at first, and by which a hold grows.

@@ -40,4 +40,4 @@ class Steps:
     #: Answers and refusals say what is left of the limits.
     limit_headers: bool
     #: For the routes that take an Idempotency-Key.
-    idempotency: Idempotency | None = None
+    idempotency: Idempotency

@@ -116,7 +116,7 @@ class Walk:
                 return refusal
             body, peek = None, None
         else:
-            self._key = steps.idempotency.key(facts) if route.idempotency and steps.idempotency else None
+            self._key = steps.idempotency.key(facts) if route.idempotency else None
             body, peek = await self._read(route, rules)
         named = steps.sessions.name(facts, self._hold_id)
         overrides = steps.overrides.of(principal.org_id)
@@ -152,11 +152,10 @@ class Walk:
 
     def _once(self, principal: Principal, body: Body) -> AbstractAsyncContextManager[Refusal | None]:
         """The block around a request that its client may send again; what went wrong with that is in the way."""
-        idempotency = self._steps.idempotency
-        if self._key is None or idempotency is None:
+        if self._key is None:
             return nullcontext()
         assert body is None or isinstance(body, bytes)
-        return idempotency.once(self._key, principal, self._facts, body or b"", self._hold_id, self._record)
+        return self._steps.idempotency.once(self._key, principal, self._facts, body or b"", self._hold_id, self._record)
 
     def _flooding(self) -> Refusal | None:
         """Whose network has failed too often is not asked who it is, unless its credential is known already."""

@@ -53,7 +53,7 @@ class Postgres:
         self.trouble: str | None = "not asked yet"
 
     async def open(self) -> None:
-        # statement_cache_size=0 keeps transaction-pooling proxies usable (limits_credits.md §2.8).
+        # statement_cache_size=0 keeps transaction-pooling proxies usable.
         self._pool = await asyncpg.create_pool(
             self._url, min_size=0, max_size=self._pool_max, statement_cache_size=0, timeout=self._timeout_s
         )

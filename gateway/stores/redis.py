@@ -1,7 +1,7 @@
 """Redis (or Valkey) behind one interface, be it one server, the one that sentinels name, or a cluster.
 
 Calls fail fast: within the command deadline when the server does not reply, at once while it is known to be away.
-Nothing is sent twice: after a lost connection or a deadline the caller decides (DESIGN.md §5).
+Nothing is sent twice: after a lost connection or a deadline the caller decides.
 """
 
 import asyncio

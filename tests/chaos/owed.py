@@ -7,7 +7,7 @@ Its gateway was killed (C6): its last checkpoint ≤ charge ≤ what the upstrea
 checkpoint. An answer that was over for a while had been settled.
 
 And Redis lost what it was told before that was posted: nothing is owed for sure, unless the gateway had written it to
-PostgreSQL (`write: through`) or to a journal (limits_credits.md §2.10).
+PostgreSQL (`write: through`) or to a journal (docs/guarantees.md).
 """
 
 from collections.abc import Sequence

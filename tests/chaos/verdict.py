@@ -1,6 +1,6 @@
 """What the witnesses say after everything was healed: the ledger, Redis, the upstream, the customers, the access logs.
 
-Owns the invariants C1-C11 of limits_credits.md §2.10 as far as a run can show them; what each request owes is in
+Owns the invariants C1-C11 of docs/guarantees.md as far as a run can show them; what each request owes is in
 owed.py. C7 and C8 are for tests that see every step (tests/limits/). A violation is a sentence that names the org or
 request; figures that are allowed but worth knowing stand beside them.
 """

@@ -16,7 +16,7 @@ from gateway.ledger import grant, migrate, query
 from gateway.stores import Postgres
 from tests.chaos.stores import Stores
 from tests.chaos.upstream import Router
-from tests.walk.house import CREDIT, Process
+from tests.walk.house import ADD_ORG, CREDIT, Process
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LEASE_S = 3.0
@@ -180,7 +180,7 @@ class World:
                 org = Org(f"{plan}-{'topped' if topped else 'dry'}-{number}", plan, topped, idle=number == len(kinds))
                 key = new_key()
                 org.secret = key.secret
-                await postgres.row(query("add_org"), org.org_id, "", plan)
+                await postgres.row(ADD_ORG, org.org_id, "", plan)
                 await postgres.row(query("add_key"), key.key_id, key.sha256, org.org_id, None, "chaos", None)
                 amount = max(5, int(seconds * 0.8))
                 await grant(postgres, org.org_id, amount, grant_id="grant:chaos")

@@ -446,7 +446,7 @@ async def test_leases_in_postgres_are_renewed_with_what_was_used(redis_url: str,
             assert isinstance(hold, Hold)
             before = await house.postgres.row("SELECT deadline FROM gateway.hold")
             hold.used_ucredits = 7
-            await house.admission._heartbeat(hold)
+            await house.admission._leases.beat([hold])
             after = await house.postgres.row("SELECT deadline, used FROM gateway.hold")
             assert before is not None and after is not None
             assert after["deadline"] > before["deadline"] and after["used"] == 7

@@ -281,7 +281,7 @@ async def test_no_answer_and_no_row_are_not_a_yes(redis_url: str, database_url: 
     postgres.arm(0, "")
     async with furnished(redis, postgres) as house:
         assert await pay(house, "no row") == "insufficient_credits"
-        await house.credits(5)
+        await house.credits(20)
         await house.redis.call("FLUSHALL")
         for fault in ("before", "after"):
             for number in range(1, 4):

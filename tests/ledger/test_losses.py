@@ -40,7 +40,7 @@ async def can_spend(credits: int, *houses: House) -> None:
             if extra == 3:
                 return
             if verdict != "paid":
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.01)  # the pace of the load
 
     await asyncio.gather(*(buyer(house, f"b{n}.{k}") for n, house in enumerate(houses) for k in range(20)))
     assert paid == credits

@@ -218,7 +218,7 @@ class Books(RuleBasedStateMachine):
     @rule(choice=st.integers(0, 9))
     def beat(self, choice: int) -> None:
         if (request := self._pick(choice, lambda found: found.charge is None)) is not None:
-            self.stage.do(self.house.admission._heartbeat(request.hold))
+            self.stage.do(self.house.admission._leases.beat([request.hold]))
 
     @rule(choice=st.integers(0, 9), renewed=st.booleans())
     def lease_ends(self, choice: int, renewed: bool) -> None:
@@ -231,7 +231,7 @@ class Books(RuleBasedStateMachine):
             return
         hold = request.hold
         hold.used_ucredits = hold.ucredits
-        await self.house.admission._heartbeat(hold)
+        await self.house.admission._leases.beat([hold])
         if hold.where == "postgres":
             if not renewed:
                 await self.stage.postgres.rows(
@@ -241,7 +241,7 @@ class Books(RuleBasedStateMachine):
             return
         await self.stage.redis.call("ZADD", keys.deadlines(self.org), "XX", 1, hold.hold_id)
         if renewed:
-            await self.house.admission._heartbeat(hold)
+            await self.house.admission._leases.beat([hold])
             # A sweeper that had looked before the renewal finds it alive.
             assert await self.house.sweeper._end(self.org, hold.hold_id) == 0
         before = await self.stage.redis.call("HEXISTS", keys.holds(self.org), hold.hold_id)

@@ -109,7 +109,7 @@ async def test_nothing_that_happens_to_redis_changes_what_is_charged(redis_url: 
         paying = [asyncio.create_task(pay(houses[number % 2], f"r{number}")) for number in range(60)]
         for _ in range(10):
             await houses[0].redis.call("FLUSHALL")
-            await asyncio.sleep(0.002)
+            await asyncio.sleep(0.002)  # the pace of the load
         assert [await one for one in paying].count("paid") == 20
         assert sum((await charged(houses[0])).values()) == 20 * CREDIT
 
@@ -137,7 +137,7 @@ async def test_a_hold_of_a_dead_gateway_is_charged_its_checkpoint_and_a_late_set
         hold = await holding.__aenter__()
         assert isinstance(hold, Hold)
         hold.used_ucredits = 700 * TOKEN
-        await dead.admission._heartbeat(hold)
+        await dead.admission._leases.beat([hold])
         await dead.postgres.rows("UPDATE gateway.hold SET deadline = now() - interval '1 s'")
         await until(lambda: other.sweeper.swept_count + dead.sweeper.swept_count)
         assert ("r1", "orphan", -700 * TOKEN) in await other.ledger()

@@ -209,12 +209,12 @@ async def test_whoever_sees_redis_and_whenever_nobody_overspends(redis_url: str,
                     owed[name] = credits
                     await request.end()
                 else:
-                    await asyncio.sleep(0.002)
+                    await asyncio.sleep(0.002)  # the pace of the load
 
         clients = [asyncio.create_task(client(house)) for house in houses for _ in range(4)]
         for _ in range(25):
             is_away(dice.random() < 0.5, dice.choice(houses))
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # the pace of the changes
             await books_are_right(houses[0].postgres)
         is_away(False, *houses)
         over.set()

@@ -110,7 +110,7 @@ async def test_the_leases_of_shared_places_are_renewed_too(admission: Admission,
         assert isinstance(held, Hold) and held.shared is not None
         before = float(await redis.call("ZSCORE", slots, "r1"))
         while float(await redis.call("ZSCORE", slots, "r1")) <= before:
-            await admission._heartbeat(held.shared)
+            await admission._leases.beat([held.shared])
 
 
 @pytest.mark.parametrize("fault", ["away", "connection lost", "reply lost", "arrives late"])

@@ -1,4 +1,4 @@
-"""The protocol holds in every state of every scope, and every mutant of it is caught: limits_credits.md 2.11 and 5.3.
+"""The protocol holds in every state of every scope, and every mutant of it is caught.
 
 The figures are recorded with the tests; `python -m tests.protocol` prints them.
 """

@@ -21,7 +21,7 @@ from tests.protocol.rules import Scope
     SHOWN,  # Redis knows the new balance
     OVER,
     LOST,  # its gateway died
-    EXCUSED,  # it died, and Redis lost the charge before it was posted (limits_credits.md 2.10)
+    EXCUSED,  # it died, and Redis lost the charge before it was posted (docs/guarantees.md)
 ) = range(14)
 
 # What a flusher has in hand.

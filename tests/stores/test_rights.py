@@ -88,7 +88,7 @@ async def live(house: House) -> None:
     await house.credits(10)
     async with house.admission.hold("r1", ASKER, EVERY_KIND, Quote.flat(CREDIT)) as hold:
         assert not isinstance(hold, Refusal)
-        await house.admission._heartbeat(hold)
+        await house.admission._leases.beat([hold])
         hold.charge = PAID
     await house.outbox.flush()
     assert (await house.account())["p"] == 9 * CREDIT

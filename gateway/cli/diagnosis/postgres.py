@@ -16,8 +16,7 @@ from gateway.cli.diagnosis.finding import (
     reason,
     warning,
 )
-from gateway.config import Settings
-from gateway.config.sections import Credits
+from gateway.config import Credits, Settings
 from gateway.errors import ConfigError, StoreUnavailable
 from gateway.ledger import Binding, pending, query
 from gateway.stores import Postgres, Row

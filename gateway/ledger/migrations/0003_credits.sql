@@ -48,6 +48,7 @@ CREATE TABLE gateway.hold (
     request_id text NOT NULL,
     amount     bigint NOT NULL CHECK (amount >= 0),
     used       bigint NOT NULL CHECK (used >= 0),
+    -- The gateway that took it: for a person who looks.
     instance   text NOT NULL,
     deadline   timestamptz NOT NULL,
     PRIMARY KEY (org_id, request_id)
@@ -326,10 +327,6 @@ RETURNS TABLE (org_id text, balance bigint, version bigint, set_aside bigint, ca
     FROM unnest(orgs) AS o (org_id)
     LEFT JOIN gateway.credit c ON c.org_id = o.org_id LEFT JOIN gateway.account a ON a.org_id = o.org_id;
 $$;
-
--- Called after an org that has been granted a plan's credits was charged `delta` in all (settles, orphans and corrections;
--- negative when they were more than what was given back): `balance` is what came of it. There are no pockets yet.
-CREATE FUNCTION gateway.on_charged(the_org text, delta bigint, balance bigint) RETURNS void LANGUAGE sql AS $$ $$;
 
 -- Post entries, any number of times with one effect, and return the state of every org named.
 -- A `settle` after an `orphan` of the same request posts the difference; an `orphan` after a `settle` posts nothing. Either

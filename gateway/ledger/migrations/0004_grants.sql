@@ -11,7 +11,7 @@ ALTER TABLE gateway.account
     ADD CONSTRAINT plan_pocket CHECK (plan_micro >= 0);
 
 -- After charges of `delta` in all, negative when they were more than what was given back: `balance` is what came of it.
-CREATE OR REPLACE FUNCTION gateway.on_charged(the_org text, delta bigint, balance bigint) RETURNS void LANGUAGE sql AS $$
+CREATE FUNCTION gateway.on_charged(the_org text, delta bigint, balance bigint) RETURNS void LANGUAGE sql AS $$
     UPDATE gateway.account a
     SET plan_micro = least(a.plan_micro + p.change, greatest(0, balance)),
         plan_spent = a.plan_spent - p.change,
