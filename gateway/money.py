@@ -51,6 +51,7 @@ class Money:
             capped=capped,
             cap_floor_ucredits=credits.cap_floor * UCREDITS_PER_CREDIT,
             cap_percent=credits.cap_percent,
+            through=credits.write == "through",
             loss_grace_ms=credits.loss_grace_ms,
             provision=credits.provision,
             postgres_at_once=max(1, min(POSTGRES_AT_ONCE_MAX, settings.stores.postgres_pool_max // 2)),
@@ -74,6 +75,7 @@ class Money:
                 mark_dirty=self.outbox.mark,
                 refresh=self.accounts.refresh,
                 retire=self.accounts.retire,
+                trim=ledger.Trimming(background, postgres, self.accounts, terms).trim,
                 changed=self.freshness.on_notification,
             ),
             sweep_ms=credits.sweep_ms,
@@ -160,7 +162,7 @@ class Money:
     async def close(self) -> None:
         """Nothing runs any more, and nobody waits for what this process knows: it has told all."""
         await self.losses.close()
-        if self.settling.idle and not self.settling.unconfirmed_count:
+        if self.settling.idle and not self.settling.unconfirmed_count and not self.admission.open_count:
             try:
                 await self.losses.leave()
             except StoreUnavailable as exc:

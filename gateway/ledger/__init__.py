@@ -12,6 +12,7 @@ from gateway.ledger.migrate import Binding, migrate, pending
 from gateway.ledger.outbox import Outbox
 from gateway.ledger.queries import query
 from gateway.ledger.sweeper import Sweeper, SweeperPowers
+from gateway.ledger.trimming import Trimming
 
 __all__ = [
     "CREDITS_CHANNEL",
@@ -26,6 +27,7 @@ __all__ = [
     "Sweeper",
     "SweeperPowers",
     "Terms",
+    "Trimming",
     "grant",
     "migrate",
     "pending",

@@ -95,18 +95,21 @@ async def turn(
     owed_ucredits: int = 0,
     lowered: Lowered | None = None,
     provision: bool = False,
-) -> Balance:
+) -> Balance | None:
     """The org has the grant of the period that `facts.clock_ms` lies in, once however many ask; returns its state.
 
     owed_ucredits: what Redis owes, as far as is known. lowered: what Redis may owe was lowered to this in the account
-    as of this version and epoch. PostgreSQL does the same if the account is still as it was. What Redis may owe does
-    not expire. For an org without a row nothing is changed without `provision`. Raises StoreUnavailable."""
+    as of this version and epoch. PostgreSQL does the same if the account is still as it was; None when it is not, and
+    nothing was granted. What Redis may owe does not expire. For an org without a row nothing is changed without
+    `provision`. Raises StoreUnavailable."""
     current = period(plan, facts)
     # What a plan begins with is for orgs that had nothing: who has a row has had its beginning.
     nothing_new = (current is None and facts.present) or _is_covered(plan_name, facts, current)
     terms = grant_terms(plan_name, plan, None if nothing_new else grant_id(plan_name, plan, current), current)
     row = await postgres.row(query("turn"), org_id, *terms, provision, owed_ucredits, lowered)
     assert row is not None  # the function returns the state of any org
+    if row["again"]:
+        return None
     if row["granted"] is not None:
         log.info(
             "credits granted", org=org_id, grant=terms[3], ucredits=row["granted"], expired_ucredits=row["expired"]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import structlog
 
 from gateway.config import Plan
-from gateway.errors import StoreUnavailable, UnknownBalance
+from gateway.errors import StoreLocked, StoreRefused, StoreUnavailable, UnknownBalance
 from gateway.ledger import books, grants
 from gateway.ledger.rounds import Rounds
 from gateway.stores import Postgres
@@ -26,6 +26,8 @@ from gateway.types import Balance
 ABSENT_TTL_S = 15
 #: After an answer, and after PostgreSQL could not be asked, nobody here asks again for so long, whatever clocks show.
 PAUSE_S = 1.0
+#: How often what Redis may owe is lowered for one turn, while the account changes in between.
+LOWERINGS_MAX = 3
 #: Nobody waits longer to hear that mostly nothing is due.
 BEGIN_S = 1.0
 REMEMBERED_MAX = 100_000
@@ -71,16 +73,23 @@ class Remembered:
                 self._absent_until_s.clear()
             self._absent_until_s[org_id] = time.monotonic() + ABSENT_TTL_S
             return
+        self._note(org_id, plan, ends_ms or math.inf)
+
+    def _note(self, org_id: str, plan: str, ends_ms: float) -> None:
         if len(self._until) >= REMEMBERED_MAX:
             self._until.clear()
-        self._until[org_id, plan] = (ends_ms or math.inf, time.monotonic() + PAUSE_S)
+        self._until[org_id, plan] = (ends_ms, time.monotonic() + PAUSE_S)
 
     def note_present(self, org_id: str) -> None:
         self._absent_until_s.pop(org_id, None)
 
-    def note_trouble(self) -> None:
-        """PostgreSQL cannot be asked."""
-        self._pause_until_s = time.monotonic() + PAUSE_S
+    def note_trouble(self, org_id: str, plan: str, failure: StoreUnavailable) -> None:
+        """PostgreSQL cannot be asked: at all, if it was not reached. Else this org's row may be locked, or its values
+        may be at fault, which keeps nobody else."""
+        if failure.ambiguous or isinstance(failure, StoreRefused | StoreLocked):
+            self._note(org_id, plan, 0.0)
+        else:
+            self._pause_until_s = time.monotonic() + PAUSE_S
 
 
 class Periods:
@@ -149,18 +158,21 @@ class Periods:
                         org_id, plan, present=facts.present, ends_ms=facts.period.ends_ms if facts.period else 0
                     )
                     return
-                balance = await self._granted(org_id, plan, facts, *await self._lowered(org_id, plan, facts))
+                balance = await self._granted(org_id, plan, facts, lowers=True)
         except StoreUnavailable as exc:
-            self.remembered.note_trouble()
+            self.remembered.note_trouble(org_id, plan, exc)
             raise UnknownBalance(detail=exc.detail) from exc
         await self._redis.install(balance)
 
-    async def _granted(
-        self, org_id: str, plan: str, facts: grants.Facts, owed_ucredits: int = 0, lowered: grants.Lowered | None = None
-    ) -> Balance:
+    async def _granted(self, org_id: str, plan: str, facts: grants.Facts, *, lowers: bool = False) -> Balance:
+        """lowers: first what Redis may owe is lowered, where that matters. It is left as it is when the account changes
+        again and again meanwhile."""
+        balance = None
         if not self._is_due(plan, facts):
             balance = (await books.read(self._postgres, [org_id]))[org_id]
-        else:
+        lowerings = LOWERINGS_MAX if lowers else 0
+        while balance is None:
+            owed_ucredits, lowered = await self._lowered(org_id, plan) if lowerings else (0, None)
             balance = await grants.turn(
                 self._postgres,
                 org_id,
@@ -171,6 +183,7 @@ class Periods:
                 lowered=lowered,
                 provision=self._provision,
             )
+            lowerings -= 1
         self.remembered.note(org_id, plan, present=balance.present, ends_ms=balance.period_ends_ms)
         return balance
 
@@ -178,10 +191,10 @@ class Periods:
         terms = self._plans.get(plan)
         return terms is not None and grants.is_due(plan, terms, facts, provision=self._provision)
 
-    async def _lowered(self, org_id: str, plan: str, facts: grants.Facts) -> tuple[int, grants.Lowered | None]:
+    async def _lowered(self, org_id: str, plan: str) -> tuple[int, grants.Lowered | None]:
         """Before a reset: where Redis has no cap, what it owes; else the cap that it has lowered to that, so that no
         more than this stays in the plan pocket. A Redis that cannot be asked may owe whatever it might."""
-        if not self._is_due(plan, facts) or self._plans[plan].grant != "reset":
+        if self._plans[plan].grant != "reset":
             return 0, None
         before = (await books.read(self._postgres, [org_id]))[org_id]
         try:

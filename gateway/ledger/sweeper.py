@@ -1,4 +1,5 @@
-"""Ending the holds of gateways that died, finding outboxes that nobody carries, and letting go of orgs that are idle.
+"""Ending the holds of gateways that died, finding outboxes that nobody carries, lowering caps that have become too
+large, and letting go of orgs that are idle.
 
 Every gateway sweeps every active org. `orphan.lua` looks at the lease again before it acts, so sweeping twice, or
 while the owner comes back, ends a hold once.
@@ -34,6 +35,8 @@ class SweeperPowers:
     refresh: Callable[[str], Awaitable[None]]
     #: (org): Redis may owe nothing for it any more; False: it is not idle after all.
     retire: Callable[[str], Awaitable[bool]]
+    #: (orgs): Redis may owe no more for them than suits what they have now. Raises nothing.
+    trim: Callable[[Sequence[str]], Awaitable[None]]
     #: (org): its balance was changed past Redis.
     changed: Callable[[str], None]
 
@@ -98,7 +101,9 @@ class Sweeper:
 
     async def _sweep_some(self, orgs: Sequence[tuple[bytes, bytes]], now_ms: int) -> int:
         """One round trip tells what is to be done for all of `orgs`."""
-        return sum(await asyncio.gather(*(self._sweep_org(org.decode(), score, now_ms) for org, score in orgs)))
+        ended = await asyncio.gather(*(self._sweep_org(org.decode(), score, now_ms) for org, score in orgs))
+        await self._powers.trim([org.decode() for org, _ in orgs])
+        return sum(ended)
 
     async def _sweep_org(self, org_id: str, score: bytes, now_ms: int) -> int:
         try:

@@ -43,7 +43,9 @@ async def insert(postgres: Postgres, credits: int = 0, org_id: str = ORG) -> Non
 async def give(postgres: Postgres, plan_name: str, plan: Plan, at_ms: int = 0, org_id: str = ORG) -> Balance:
     """The org asks when the clock shows `at_ms` (0: now)."""
     facts = await at(postgres, at_ms, org_id)
-    return await grants.turn(postgres, org_id, plan_name, plan, facts)
+    balance = await grants.turn(postgres, org_id, plan_name, plan, facts)
+    assert balance is not None  # nothing was lowered
+    return balance
 
 
 async def at(postgres: Postgres, at_ms: int = 0, org_id: str = ORG) -> Facts:

@@ -8,6 +8,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from gateway.ledger import books
+from gateway.stores import Postgres
 from tests.chaos.stores import RedisServer
 from tests.ledger.conftest import ORG, House
 from tests.ledger.running import CREDIT, Request, gateway, is_whole, pay, state
@@ -200,6 +201,62 @@ async def test_one_line_tells_that_a_server_forgot_all_orgs(redis_url: str, data
             await until(lambda: are_whole(one, orgs))
         assert one.losses.told_count >= 2 * len(orgs)
         assert len([line for line in lines if line["event"].startswith("redis has lost")]) == 1
+
+
+async def given_a_cap_of_half(house: House) -> None:
+    """What was half of the balance then: sixty of a hundred credits are spent and posted since."""
+    await house.credits(100)
+    for number in range(6):
+        assert await pay(house, f"spent{number}", 10 * CREDIT) == "paid"
+        await house.outbox.flush()
+    assert (await state(house))["cap"] == (await house.account())["c"] == 50 * CREDIT
+
+
+async def test_a_cap_follows_a_balance_that_falls_and_is_not_asked_for_again(redis_url: str, database_url: str) -> None:
+    async with gateway(redis_url, database_url, works=False) as one:
+        await given_a_cap_of_half(one)
+        asked = one.accounts.raised_count
+        await one.sweeper.sweep()
+        lowered = await state(one)
+        assert lowered["cap"] == (await one.account())["c"] == 20 * CREDIT
+        for _ in range(3):
+            await one.sweeper.sweep()
+        assert await state(one) == lowered
+        for number in range(3):
+            assert await pay(one, f"more{number}") == "paid"
+            await one.outbox.flush()
+            await one.sweeper.sweep()
+        assert (await state(one))["cap"] == 20 * CREDIT
+        assert one.accounts.raised_count == asked
+
+
+async def test_a_cap_that_is_lowered_leaves_what_is_owed(redis_url: str, database_url: str) -> None:
+    """And as much again, as it was given."""
+    async with gateway(redis_url, database_url, works=False, cap_percent=0, cap_floor=1) as one:
+        await one.credits(100)
+        small, large = Request(one, "small", 4 * CREDIT), Request(one, "large", 20 * CREDIT)
+        assert await small.begin() and await large.begin()
+        assert (await state(one))["cap"] == 48 * CREDIT
+        await one.sweeper.sweep()
+        assert (await state(one))["cap"] == 48 * CREDIT
+        await large.end()
+        await one.outbox.flush()
+        await one.sweeper.sweep()
+        assert (await state(one))["cap"] == (await one.account())["c"] == 8 * CREDIT
+        await small.end()
+
+
+async def test_an_org_goes_on_though_postgresql_goes_away_while_its_cap_is_lowered(
+    redis_url: str, database_url: str
+) -> None:
+    async with gateway(redis_url, database_url, works=False) as one:
+        await given_a_cap_of_half(one)
+        postgres = one.accounts._postgres
+        one.accounts._postgres = Postgres("postgresql://127.0.0.1:1/none", timeout_ms=500, pool_max=1)
+        await one.sweeper.sweep()
+        assert (await one.account())["c"] == 20 * CREDIT
+        assert await pay(one, "next", 20 * CREDIT) == "paid"
+        one.accounts._postgres = postgres
 
 
 async def test_without_the_cap_a_loss_only_builds_the_account_again(redis_url: str, database_url: str) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from gateway.admission import Hold
-from gateway.errors import StoreUnavailable
-from gateway.ledger import grants
+from gateway.errors import StoreLocked, StoreRefused, StoreUnavailable
+from gateway.ledger import books, grants
 from gateway.ledger.grants import Facts
 from gateway.stores import Postgres
-from gateway.types import Charge, Quote, Refusal
+from gateway.types import Charge, Entry, Quote, Refusal
 from tests.ledger.audit import books_are_right, entries
 from tests.ledger.conftest import ORG, House, every_script, furnished
 from tests.ledger.faulty import FaultyPostgres, FaultyRedis
@@ -29,6 +29,7 @@ from tests.ledger.planned import (
     planned,
     pockets,
 )
+from tests.ledger.test_book_locks import another
 from tests.waiting import until
 
 PAID = Charge(CREDIT, None, keep_requests=True, basis="exact")
@@ -180,6 +181,39 @@ async def test_all_that_redis_does_not_owe_expires_whatever_it_has_heard(redis_u
         assert await pay(house, "r2", "pro", 15 * CREDIT) == "paid"
 
 
+@pytest.mark.parametrize("what", ["posted", "raised"])
+@pytest.mark.parametrize("times", [1, 2, 3])
+async def test_the_old_credits_expire_though_the_account_changes_while_it_is_turned(
+    redis_url: str, database_url: str, what: str, times: int
+) -> None:
+    """Between the word of Redis and that of PostgreSQL. What changes a third time is left as it is."""
+    async with planned(redis_url, database_url) as house:
+        await given_an_hour_ago(house)
+        assert await pay(house, "r1", "pro") == "paid"
+        await house.outbox.flush()
+        await let_an_hour_pass(house)
+        side, left = house.accounts.periods._redis, iter(range(times))
+
+        async def lowered_and_changed(org_id: str) -> tuple[int, int, int, str]:
+            version, epoch, cap, birth = await side.lower(org_id)
+            if (number := next(left, None)) is not None:
+                if what == "posted":
+                    await books.post(house.postgres, [Entry(org_id, f"late{number}", "settle", -1)])
+                else:
+                    await house.accounts.raise_cap(org_id, epoch, birth, CREDIT)
+            return version, epoch, cap, birth
+
+        house.accounts.periods._redis = replace(side, lower=lowered_and_changed)
+        await house.accounts.periods.turn(ORG, "pro", 1)
+        found = await entries(house.postgres, ORG)
+        posted = times if what == "posted" else 0
+        expired = [-amount for kind, amount in found if kind == "expire"]
+        assert expired == ([] if times == 3 else [9 * CREDIT - posted])
+        assert [kind for kind, _ in found].count("grant") == 2
+        assert await pockets(house.postgres) == (10 * CREDIT if times < 3 else 19 * CREDIT - posted, 0)
+        await books_are_right(house.postgres)
+
+
 async def test_another_plan_brings_its_credits_with_the_first_request_under_it(
     redis_url: str, database_url: str
 ) -> None:
@@ -286,6 +320,44 @@ async def test_while_postgres_is_away_an_org_goes_on_with_what_redis_has(redis_u
     async with planned(redis_url, database_url) as other:
         other.accounts.periods._postgres = Postgres("postgresql://127.0.0.1:1/none", timeout_ms=500, pool_max=1)
         assert await pay(other, "r3", "pro") == "paid"
+
+
+async def test_an_org_that_is_locked_keeps_no_other_from_its_credits(redis_url: str, database_url: str) -> None:
+    """Nor the same one from those of another plan, when it is not locked any more."""
+    async with planned(redis_url, database_url) as house:
+        for org_id in (ORG, "globex"):
+            await insert(house.postgres, 1, org_id)
+            assert await pay(house, f"{org_id}.1", "trial", org_id=org_id) == "paid"
+        periods = house.accounts.periods
+        periods._postgres = Postgres(database_url, timeout_ms=200, pool_max=2)
+        await periods._postgres.open()
+        async with another(database_url, f"SELECT FROM gateway.account WHERE org_id = '{ORG}' FOR UPDATE"):
+            await periods.begin(ORG, "pro")
+            assert periods.remembered.knows(ORG, "pro")
+            assert not periods.remembered.knows("globex", "pro")
+            await periods.begin("globex", "pro")
+            assert (await kinds(house, "globex")).count("grant") == 1
+        await periods.begin(ORG, "team")
+        assert (await grants.look(house.postgres, ORG)).plan == "team"
+        await periods._postgres.close()
+
+
+@pytest.mark.parametrize("failure", [StoreRefused(), StoreLocked(), StoreUnavailable()])
+async def test_only_a_postgres_that_is_away_is_everybodys_trouble(
+    redis_url: str, database_url: str, monkeypatch: pytest.MonkeyPatch, failure: StoreUnavailable
+) -> None:
+    async with planned(redis_url, database_url) as house:
+        await insert(house.postgres)
+
+        async def fails(*args: object, **more: object) -> None:
+            raise failure
+
+        monkeypatch.setattr(grants, "turn", fails)
+        periods = house.accounts.periods
+        await periods.begin(ORG, "pro")
+        assert periods.remembered.knows(ORG, "pro")
+        is_away = type(failure) is StoreUnavailable
+        assert [periods.remembered.knows(*other) for other in ((ORG, "team"), ("globex", "pro"))] == [is_away] * 2
 
 
 @pytest.mark.parametrize("fault", ["before", "after"])

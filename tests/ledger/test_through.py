@@ -18,9 +18,11 @@ from gateway.types import Outcome, Peek, Price, Quote, Refusal, Usage
 from tests.ledger.audit import books_are_right
 from tests.ledger.conftest import ASKER, ORG, House
 from tests.ledger.running import CREDIT, Request, gateway, pay, state
+from tests.limits.given import demand
 from tests.waiting import until
 
 WRITES = pytest.mark.parametrize("write", ["behind", "through"])
+SLOT = demand("parallel", "concurrent", "concurrent", "org", ORG, 3, 30_000, 1)
 MODES: list[HoldMode] = ["clamp", "incremental"]
 
 #: A credit is a thousand tokens of output; input costs nothing.
@@ -101,6 +103,31 @@ async def test_gateways_that_write_in_different_ways_spend_one_balance(redis_url
 
         await until(spent)
         assert sum((await charged(houses[0])).values()) == 20 * CREDIT
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+async def test_what_redis_could_owe_before_is_spent_to_the_last_credit(
+    redis_url: str, database_url: str, is_lost: bool
+) -> None:
+    """Its cap was half of the balance, when charges were written behind; requests with limits keep the org in use."""
+    async with fleet(redis_url, database_url, "behind") as (before,):
+        await before.credits(20)
+        assert await pay(before, "first") == "paid"
+        assert (await state(before))["cap"] == 10 * CREDIT
+        if is_lost:
+            await before.redis.call("FLUSHALL")
+    async with fleet(redis_url, database_url, "through") as (house,):
+        names = iter(range(1_000))
+
+        async def spent() -> bool:
+            async with house.admission.hold(f"free{next(names)}", ASKER, (SLOT,), Quote.flat(0)) as hold:
+                assert isinstance(hold, Hold)
+            await pay(house, f"r{next(names)}")
+            return await in_postgres(house) == 0
+
+        await until(spent)
+        assert (await state(house))["cap"] == 0
+        assert sum((await charged(house)).values()) == 20 * CREDIT
 
 
 async def test_nothing_that_happens_to_redis_changes_what_is_charged(redis_url: str, database_url: str) -> None:

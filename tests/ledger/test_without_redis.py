@@ -147,6 +147,24 @@ async def test_what_redis_may_owe_is_left_to_it_though_nobody_can_ask_it(redis_u
         assert await pay(houses[0], "r9") == "credits_in_flight"
 
 
+async def test_what_was_spent_is_not_kept_for_a_redis_that_is_away(redis_url: str, database_url: str) -> None:
+    """Its cap was half of a hundred; of the forty that are left it is half soon."""
+    async with fleet(redis_url, database_url, 1) as (house,):
+        await house.credits(100)
+        for number in range(6):
+            assert await pay(house, f"spent{number}", 10 * CREDIT) == "paid"
+            await house.outbox.flush()
+        await until(lambda: cap_is(house, 20))
+        is_away(True, house)
+        assert [await pay(house, f"r{number}", 10 * CREDIT) for number in range(3)] == ["paid"] * 2 + [
+            "credits_in_flight"
+        ]
+
+
+async def cap_is(house: House, credits: int) -> bool:
+    return (await state(house))["cap"] == credits * CREDIT
+
+
 def held_charges(house: House) -> set[str]:
     """Requests that began in Redis and whose charges went past it."""
     return {hold.hold_id for hold in house.settling._backlog.values() if hold.posted is not None}

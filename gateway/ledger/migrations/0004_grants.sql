@@ -32,13 +32,13 @@ $$;
 --            reset: `amount`, in place of what is left of the plan pocket.
 --   owed     what Redis owes, as far as the caller knows. It may owe more, up to its cap.
 --   lowered  {version, epoch, cap}: what Redis may owe was lowered to `cap` in the account as of that version. It is so here,
---            too, if nobody has changed the account meanwhile.
+--            too, if nobody has changed the account meanwhile. If somebody has, Redis may owe more again: nothing is granted.
 -- What Redis may owe, what a lost state of it may have owed and what is held here is taken to be spent out of the plan pocket,
 -- so that much of it does not expire. An org without a row in the application's table gets one with `provision` only.
--- granted, expired: micro-credits; null when nothing was granted now.
+-- granted, expired: micro-credits; null when nothing was granted now. again: because it is to be lowered once more.
 CREATE FUNCTION gateway.turn(the_org text, plan_name text, kind text, amount bigint, grant_id text, starts_ms bigint,
                              ends_ms bigint, provision boolean, owed bigint, lowered bigint[])
-RETURNS TABLE (granted bigint, expired bigint,
+RETURNS TABLE (granted bigint, expired bigint, again boolean,
                org_id text, balance bigint, version bigint, set_aside bigint, cap bigint, epoch bigint, birth text,
                period_ends_ms bigint, present boolean) LANGUAGE plpgsql AS $$
 #variable_conflict use_column
@@ -46,6 +46,8 @@ DECLARE
     acc       gateway.account;
     brought   bigint;
     gone      bigint := 0;
+    -- It was lowered in another state of the account than this.
+    moved     boolean;
     meta      text := jsonb_build_object('plan', plan_name, 'grant', kind)::text;
     starts_at timestamptz := to_timestamp(starts_ms / 1000.0);
     ends_at   timestamptz := to_timestamp(ends_ms / 1000.0);
@@ -58,10 +60,11 @@ BEGIN
     PERFORM FROM gateway.credit c WHERE c.org_id = the_org FOR UPDATE;
     IF NOT FOUND THEN
         PERFORM set_config('gateway.posting', '', true);
-        RETURN QUERY SELECT NULL::bigint, NULL::bigint, s.* FROM gateway.states(ARRAY[the_org]) s;
+        RETURN QUERY SELECT NULL::bigint, NULL::bigint, false, s.* FROM gateway.states(ARRAY[the_org]) s;
         RETURN;
     END IF;
     acc := gateway.locked(the_org);
+    moved := coalesce(acc.version <> lowered[1] AND acc.epoch = lowered[2] AND acc.cap > lowered[3], false);
     IF acc.version = lowered[1] AND acc.epoch = lowered[2] AND acc.cap > lowered[3] THEN
         UPDATE gateway.account a SET cap = lowered[3], version = a.version + 1 WHERE a.org_id = the_org;
     END IF;
@@ -69,12 +72,16 @@ BEGIN
     acc := gateway.locked(the_org);
     PERFORM set_config('gateway.posting', '', true);
     IF acc.plan = plan_name AND acc.period_ends > ends_at THEN
-        RETURN QUERY SELECT NULL::bigint, NULL::bigint, s.* FROM gateway.states(ARRAY[the_org]) s;
+        RETURN QUERY SELECT NULL::bigint, NULL::bigint, false, s.* FROM gateway.states(ARRAY[the_org]) s;
         RETURN;
     END IF;
 
     IF grant_id IS NOT NULL AND NOT (kind = 'set_initial' AND acc.plan IS NOT NULL) AND NOT EXISTS (
         SELECT FROM gateway.ledger l WHERE l.org_id = the_org AND l.request_id = grant_id AND l.kind = 'grant') THEN
+        IF moved THEN
+            RETURN QUERY SELECT NULL::bigint, NULL::bigint, true, s.* FROM gateway.states(ARRAY[the_org]) s;
+            RETURN;
+        END IF;
         IF kind = 'reset' THEN
             gone := greatest(0, acc.plan_micro - greatest(acc.cap, owed) - acc.lost - acc.held);
         END IF;
@@ -96,5 +103,5 @@ BEGIN
     UPDATE gateway.account a
         SET plan = plan_name, period_starts = starts_at, period_ends = ends_at, version = a.version + 1
         WHERE a.org_id = the_org AND (a.plan, a.period_starts, a.period_ends) IS DISTINCT FROM (plan_name, starts_at, ends_at);
-    RETURN QUERY SELECT brought, CASE WHEN brought IS NOT NULL THEN gone END, s.* FROM gateway.states(ARRAY[the_org]) s;
+    RETURN QUERY SELECT brought, CASE WHEN brought IS NOT NULL THEN gone END, false, s.* FROM gateway.states(ARRAY[the_org]) s;
 END $$;
