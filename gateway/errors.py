@@ -11,6 +11,7 @@ GatewayError
 ├── MethodNotAllowed        405
 ├── StoreUnavailable        503  Redis or PostgreSQL did not answer in time
 │   ├── StoreRefused        503  it did answer: what it was given can never be stored
+│   ├── StoreLocked         503  it did answer: somebody else keeps a lock on what was asked for
 │   └── UnknownBalance      503  the org's balance is not cached and PostgreSQL cannot be asked
 ├── OutOfCredits            402  the credits were used up in mid-stream
 ├── ShuttingDown            503  the gateway ends before the request did
@@ -135,6 +136,10 @@ class StoreUnavailable(GatewayError):
 
 class StoreRefused(StoreUnavailable):
     """A store the gateway depends on did not take what it was given."""
+
+
+class StoreLocked(StoreUnavailable):
+    """Somebody keeps a lock in a store that the gateway depends on; try again shortly."""
 
 
 class UnknownBalance(StoreUnavailable):

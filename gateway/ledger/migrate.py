@@ -144,6 +144,8 @@ async def _apply(postgres: Postgres, migration: Migration, binding: Binding, tim
     await postgres.transaction(
         [
             ("SELECT pg_advisory_xact_lock($1)", (_LOCK,)),
+            # Whoever else uses a table waits as long as we do.
+            ("SELECT set_config('lock_timeout', '5s', true)", ()),
             *[
                 ("SELECT set_config($1, $2, true)", (f"gateway.{name}", value))
                 for name, value in zip(names, _names(binding), strict=True)

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import asyncpg
 import structlog
 
-from gateway.errors import StoreRefused, StoreUnavailable
+from gateway.errors import StoreLocked, StoreRefused, StoreUnavailable
 
 #: A row by column name. Quoted types are generic for the type checker only.
 Row: TypeAlias = asyncpg.Record
@@ -105,9 +105,9 @@ class Postgres:
             if self.trouble != reason:
                 log.warning("postgres failed", error=reason)
             self.trouble = reason
-            refused = isinstance(exc, _REFUSALS)
-            failure = StoreRefused if refused else StoreUnavailable
-            raise failure(detail=f"postgres: {reason}", ambiguous=asked and not refused) from exc
+            failure = _failure(exc)
+            ambiguous = asked and failure is StoreUnavailable
+            raise failure(detail=f"postgres: {reason}", ambiguous=ambiguous) from exc
         if self.trouble is not None:
             log.info("postgres answers")
             self.trouble = None
@@ -143,6 +143,12 @@ class Postgres:
                     connection.terminate()
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
             pause_s = min(pause_s * 2, RECONNECT_PAUSE_MAX_S)
+
+
+def _failure(exc: BaseException) -> type[StoreUnavailable]:
+    if isinstance(exc, _REFUSALS):
+        return StoreRefused
+    return StoreLocked if isinstance(exc, asyncpg.LockNotAvailableError) else StoreUnavailable
 
 
 def _payload_to(handler: Callable[[str], None]) -> Callable[..., None]:

@@ -3,10 +3,12 @@
 import asyncio
 from collections.abc import Sequence
 
+import asyncpg
 import pytest
 
-from gateway.errors import StoreUnavailable
+from gateway.errors import StoreLocked, StoreUnavailable
 from gateway.ledger import Outbox, books
+from gateway.ledger.outbox import OutboxEntry
 from gateway.types import Balance, Entry
 from tests.ledger.conftest import ORG, House
 from tests.ledger.running import CREDIT, Request, gateway, pay, state
@@ -182,3 +184,45 @@ async def test_a_refusal_does_not_wait_for_postgresql(house: House, monkeypatch:
         assert await pay(house, "r2") == "insufficient_credits"
     await house.outbox.flush()
     assert await settles(house) == ["r1"]
+
+
+async def test_a_flush_ends_while_others_go_on_settling(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    await house.credits(5)
+    assert await pay(house, "r1") == "paid"
+    post = Outbox._post
+
+    async def post_while_another_settles(outbox: Outbox, batch: list[OutboxEntry]) -> object:
+        house.outbox.mark(ORG)
+        return await post(outbox, batch)
+
+    monkeypatch.setattr(Outbox, "_post", post_while_another_settles)
+    async with asyncio.timeout(10):
+        assert await house.outbox.flush() == 1
+    assert house.outbox.posted_count == 1
+    assert await house.outbox.flush() == 0  # whoever settled meanwhile was looked after now
+
+
+async def test_a_row_that_somebody_keeps_locked_keeps_back_its_own_org_alone(house: House, database_url: str) -> None:
+    """And no statement of ours stays behind, in the way of everybody else."""
+    orgs = [f"org{number}" for number in range(5)]
+    for org in orgs:
+        await house.credits(5, org, f"grant:{org}")
+        assert await pay(house, f"r-{org}", org_id=org) == "paid"
+    someone: asyncpg.Connection[asyncpg.Record] = await asyncpg.connect(database_url)
+    try:
+        transaction = someone.transaction()
+        await transaction.start()
+        await someone.execute("UPDATE ai_credits SET credits = credits + 1 WHERE organization_id = 'org2'")
+        assert await house.outbox.flush() == 4
+        assert [await settles(house, org) for org in orgs] == [["r-org0"], ["r-org1"], [], ["r-org3"], ["r-org4"]]
+        with pytest.raises(StoreLocked):
+            await house.outbox.flush()
+        waiting = (
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
+        assert await someone.fetchval(waiting) == 0
+        await transaction.commit()
+    finally:
+        await someone.close()
+    assert await house.outbox.flush() == 1
+    assert await settles(house, "org2") == ["r-org2"]

@@ -29,7 +29,7 @@ CREATE INDEX idempotency_expires ON gateway.idempotency (expires_at);
 CREATE FUNCTION gateway.claim_key(
     the_org text, the_key bytea, the_body bytea, the_request text, running_ms bigint, remember_ms bigint,
     asked text, asked_charge bigint)
-RETURNS TABLE (verdict text, request_id text, outcome jsonb, at timestamptz) LANGUAGE plpgsql AS $$
+RETURNS TABLE (verdict text, request_id text, outcome jsonb, at timestamptz) LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
 #variable_conflict use_column
 DECLARE
     first     gateway.idempotency;
@@ -89,7 +89,7 @@ END $$;
 
 -- These requests still run, as far as their keys are still theirs.
 CREATE FUNCTION gateway.beat_keys(orgs text[], keys bytea[], request_ids text[], running_ms bigint) RETURNS void
-LANGUAGE sql AS $$
+LANGUAGE sql SET lock_timeout = '1s' AS $$
     UPDATE gateway.idempotency i SET running_until = clock_timestamp() + running_ms * interval '1 ms'
     FROM unnest(orgs, keys, request_ids) AS e (org_id, key_digest, request_id)
     WHERE i.org_id = e.org_id AND i.key_digest = e.key_digest AND i.request_id = e.request_id AND i.outcome IS NULL;
@@ -97,7 +97,7 @@ $$;
 
 -- These requests have ended, each as its outcome says (JSON); where that is NULL, nothing has happened and its key is free.
 CREATE FUNCTION gateway.end_keys(orgs text[], keys bytea[], request_ids text[], outcomes text[]) RETURNS void
-LANGUAGE sql AS $$
+LANGUAGE sql SET lock_timeout = '1s' AS $$
     UPDATE gateway.idempotency i SET outcome = e.outcome::jsonb
     FROM unnest(orgs, keys, request_ids, outcomes) AS e (org_id, key_digest, request_id, outcome)
     WHERE i.org_id = e.org_id AND i.key_digest = e.key_digest AND i.request_id = e.request_id AND i.outcome IS NULL
@@ -109,7 +109,7 @@ LANGUAGE sql AS $$
 $$;
 
 -- Keys that nobody need remember any more are forgotten, `most` of them. Returns how many were.
-CREATE FUNCTION gateway.forget_keys(most integer) RETURNS bigint LANGUAGE sql AS $$
+CREATE FUNCTION gateway.forget_keys(most integer) RETURNS bigint LANGUAGE sql SET lock_timeout = '1s' AS $$
     WITH forgotten AS (
         DELETE FROM gateway.idempotency WHERE (org_id, key_digest) IN (
             SELECT i.org_id, i.key_digest FROM gateway.idempotency i
@@ -128,7 +128,7 @@ $$;
 -- and settle it later, that is the second time and posts nothing. No request may be named twice.
 CREATE FUNCTION gateway.correct(
     orgs text[], request_ids text[], charges bigint[], metas text[], unknown_too boolean, dry boolean)
-RETURNS TABLE (charged bigint, present boolean) LANGUAGE plpgsql AS $$
+RETURNS TABLE (charged bigint, present boolean) LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
 #variable_conflict use_column
 DECLARE
     one       record;

@@ -63,7 +63,7 @@ LIMITS: list[dict[str, Any]] = [
 COUNTED = """
 policy: counted
 limits:
-  - { name: tokens, count: tokens, algorithm: gcra, limit: 1000000000, burst: 1000000000, window: 1s }
+  - { name: tokens, count: tokens, algorithm: gcra, limit: 1000000000, burst: 1000000000, window: 1s, per: session }
 """
 #: Output costs something, and 1024 tokens of it are held for a client that names no maximum.
 CAPPED_POLICY = "policy: capped\nprice: { per_million_output_tokens: 1 }\n"
