@@ -2,6 +2,7 @@
 
     (missing, or of a server process that is gone) ──load──▶ built, cap 0 ──raise_cap──▶ may owe up to its cap
                                                               ▲   new state of PostgreSQL: install   │
+                                                              │   lower: much of it is spent         │
                                                               └──retire: cap 0 in both ◀── idle ─────┘
 
 PostgreSQL gives the cap to one hash of Redis, told by its birth. When another hash asks, the one before was lost, and
@@ -42,6 +43,8 @@ class Terms:
     cap_floor_ucredits: int = 10 * UCREDITS_PER_CREDIT
     #: Or so much of its balance, so that an outage of PostgreSQL is not felt before that is spent.
     cap_percent: int = 50
+    #: Every hold is in PostgreSQL (`write: through`): Redis has nothing to owe.
+    through: bool = False
     loss_grace_ms: int = 120_000
     #: An org without a row gets one, and what its plan begins with.
     provision: bool = False
@@ -56,6 +59,20 @@ class _Need:
     epoch: int
     birth: str
     ucredits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What Redis has of an org's account: what PostgreSQL says afterwards is older only when it was restored."""
+
+    version: int = -1
+    epoch: int = 0
+    ucredits: int | None = None
+
+    def contradicts(self, balance: Balance) -> bool:
+        if balance.version == self.version and self.ucredits not in (None, balance.ucredits):
+            return True
+        return balance.version < self.version or balance.epoch < self.epoch
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +149,26 @@ class Accounts:
         _, birth = await self._put(balance)
         return birth.decode()
 
-    async def install(self, balance: Balance) -> None:
-        """Redis has this state of the org, or a newer one. Raises StoreUnavailable."""
-        await self._put(balance)
+    async def known(self, org_id: str) -> Known:
+        """Nothing is known to a Redis that cannot be asked."""
+        try:
+            version, epoch, ucredits = await self._redis.call("HMGET", keys.account(org_id), "v", "ep", "p")
+        except StoreUnavailable:
+            return Known()
+        return Known() if version is None else Known(int(version), int(epoch), int(ucredits))
+
+    async def install(self, balance: Balance, known: Known = Known()) -> None:
+        """Redis has this state of the org, or a newer one, and PostgreSQL goes on after what was known to Redis before
+        it was asked. Raises StoreUnavailable."""
+        await self._put(await self._gone_on(balance, known))
+
+    async def _gone_on(self, balance: Balance, known: Known) -> Balance:
+        if not known.contradicts(balance):
+            return balance
+        if balance.version < known.version:
+            log.error("postgres is older than redis knows it, was it restored?", org=balance.org_id)
+        async with self._at_once:
+            return await books.go_on_after(self._postgres, balance.org_id, known.version, known.epoch)
 
     async def _put(self, balance: Balance) -> tuple[bytes, bytes]:
         """What install.lua did, and the birth of the hash."""
@@ -158,9 +192,10 @@ class Accounts:
 
     async def refresh(self, org_id: str) -> None:
         """Redis has the org's state as PostgreSQL has it now, or later. Raises StoreUnavailable."""
+        known = await self.known(org_id)
         async with self._at_once:
             balance = (await books.read(self._postgres, [org_id]))[org_id]
-        await self._put(balance)
+        await self.install(balance, known)
 
     async def raise_cap(self, org_id: str, epoch: int, birth: str, need_ucredits: int) -> Balance:
         """The hash of this epoch and birth may owe `need_ucredits`, or what there is of it: the state that says so,
@@ -184,20 +219,11 @@ class Accounts:
 
     async def _raise(self, org_id: str) -> Balance:
         # Whoever asks from now on asks for the next round.
-        need, terms = self._needs.pop(org_id), self._terms
+        need, known = self._needs.pop(org_id), await self.known(org_id)
         try:
-            async with self._at_once:
-                await self._arrive()
-                balance = await books.raise_cap(
-                    self._postgres,
-                    org_id,
-                    need.epoch,
-                    need.birth,
-                    need.ucredits,
-                    terms.cap_floor_ucredits,
-                    terms.loss_grace_ms,
-                    terms.cap_percent,
-                )
+            balance = await self._ask_for(org_id, need)
+            if await self._gone_on(balance, known) is not balance:
+                balance = await self._ask_for(org_id, need)
         except StoreUnavailable as exc:
             raise UnknownBalance(detail=exc.detail) from exc
         self.raised_count += 1
@@ -210,26 +236,56 @@ class Accounts:
             self._short[org_id] = _Short(balance, time.monotonic())
         return balance
 
+    async def _ask_for(self, org_id: str, need: _Need) -> Balance:
+        terms = self._terms
+        floor_ucredits, percent = (0, 0) if terms.through else (terms.cap_floor_ucredits, terms.cap_percent)
+        async with self._at_once:
+            await self._arrive()
+            return await books.raise_cap(
+                self._postgres,
+                org_id,
+                need.epoch,
+                need.birth,
+                need.ucredits,
+                floor_ucredits,
+                terms.loss_grace_ms,
+                percent,
+            )
+
     async def retire(self, org_id: str) -> bool:
         """An org that is idle leaves Redis nothing to owe; its next request asks for a cap again. False: something has
         happened meanwhile. Raises StoreUnavailable."""
-        if not self._terms.capped:
-            return True
-        version, epoch, cap_ucredits, birth = await self._lowered(org_id)
+        return not self._terms.capped or await self.lower(org_id, 0)
+
+    async def lower(self, org_id: str, least_ucredits: int) -> bool:
+        """The org may owe in Redis no more than it does, or than `least_ucredits`. False: something has happened
+        meanwhile, and it may as before. Raises StoreUnavailable."""
+        version, epoch, cap_ucredits, birth = await self._lowered(org_id, least_ucredits)
         if not birth:
             return True
         async with self._at_once:
             balance = await books.lower_cap(self._postgres, org_id, epoch, birth, version, cap_ucredits)
             if balance is None:
                 balance = (await books.read(self._postgres, [org_id]))[org_id]
+        balance = await self._gone_on(balance, Known(version, epoch))
         await self._put(balance)
         return balance.birth != birth or balance.cap_ucredits <= cap_ucredits
 
-    async def _lowered(self, org_id: str) -> tuple[int, int, int, str]:
-        """Redis may owe no more than it does: as of which version and epoch, how much (micro-credits), in the hash of
-        which birth; an empty birth where there is none."""
-        version, epoch, cap, birth = await self._redis.run(self._lower, [keys.account(org_id)], [INCARNATION])
+    async def _lowered(self, org_id: str, least_ucredits: int = 0) -> tuple[int, int, int, str]:
+        """Redis may owe no more than it does, or than this: as of which version and epoch, how much (micro-credits), in
+        the hash of which birth; an empty birth where there is none."""
+        args: limits.Row = [least_ucredits, INCARNATION]
+        version, epoch, cap, birth = await self._redis.run(self._lower, [keys.account(org_id)], args)
         return int(version), int(epoch), int(cap), birth.decode()
+
+    async def adopt(self, org_id: str) -> None:
+        """The org has an account in Redis, and no other one may owe anything: what might is lost, and told of. Raises
+        StoreUnavailable."""
+        async with self._at_once:
+            balance = (await books.read(self._postgres, [org_id]))[org_id]
+        birth = await self._built(balance)
+        if birth != balance.birth:
+            await self.raise_cap(org_id, balance.epoch, birth, 0)
 
     async def _owed(self, org_id: str) -> int:
         unposted, held = await self._redis.call("HMGET", keys.account(org_id), "u", "h")

@@ -65,6 +65,11 @@ async def post(postgres: Postgres, entries: Sequence[Entry]) -> list[Balance]:
     return [balance_of(row) for row in rows]
 
 
+async def unlocked(postgres: Postgres, orgs: Iterable[str]) -> set[str]:
+    """Those of the orgs that could be posted to now without waiting for anybody, those without a row among them."""
+    return {row["org_id"] for row in await postgres.rows(query("unlocked"), list(orgs))}
+
+
 async def grant(postgres: Postgres, org_id: str, credits: int, *, grant_id: str, note: str = "") -> Balance:
     """The org has `credits` more, once per `grant_id`; running gateways learn it by notification."""
     meta = json.dumps({"credits": credits, **({"note": note} if note else {})})
@@ -93,6 +98,11 @@ async def lower_cap(
     """The cap is what Redis has lowered its own to, if the account is still of this version; else None."""
     row = await postgres.row(query("lower_cap"), org_id, epoch, birth, version, cap_ucredits)
     return None if row is None else balance_of(row)
+
+
+async def go_on_after(postgres: Postgres, org_id: str, version: int, epoch: int) -> Balance:
+    """The account goes on after this version and epoch, which Redis has, and a restored database has forgotten."""
+    return await _state(postgres, "go_on_after", org_id, version, epoch)
 
 
 async def acknowledge(

@@ -14,7 +14,7 @@ import structlog
 from gateway import keys
 from gateway.errors import StoreRefused, StoreUnavailable
 from gateway.ledger import books
-from gateway.ledger.accounts import Accounts
+from gateway.ledger.accounts import Accounts, Known
 from gateway.stores import Postgres, Redis
 from gateway.types import Balance
 
@@ -131,8 +131,9 @@ class Freshness:
                 # Taken off before they are read: a change announced meanwhile is read again.
                 orgs = list(islice(self._stale, REFRESH_AT_ONCE))
                 self._stale.difference_update(orgs)
+                known = await asyncio.gather(*map(self._accounts.known, orgs))
                 balances = await books.read(self._postgres, orgs)
-                installs = (self._install(balances[org_id]) for org_id in orgs)
+                installs = (self._install(balances[org_id], before) for org_id, before in zip(orgs, known, strict=True))
                 done = await asyncio.gather(*installs, return_exceptions=True)
                 orgs = [org_id for org_id, result in zip(orgs, done, strict=True) if result is not None]
                 for failure in filter(None, done):
@@ -145,9 +146,9 @@ class Freshness:
                 failing = True
                 await asyncio.sleep(REFRESH_RETRY_S)
 
-    async def _install(self, balance: Balance) -> None:
+    async def _install(self, balance: Balance, known: Known) -> None:
         try:
-            await self._accounts.install(balance)
+            await self._accounts.install(balance, known)
         except StoreRefused as exc:
             # Somebody else's value under our name: a matter for a person, and for this org alone.
             log.error("a balance cannot be installed", org=balance.org_id, error=str(exc))

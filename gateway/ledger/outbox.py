@@ -14,13 +14,15 @@ import msgspec
 import structlog
 
 from gateway import keys, limits
-from gateway.errors import StoreRefused, StoreUnavailable
+from gateway.errors import StoreLocked, StoreRefused, StoreUnavailable
 from gateway.ledger import books
 from gateway.ledger.rounds import Rounds
 from gateway.stores import INCARNATION, Postgres, Redis, Script
 from gateway.types import Balance, Entry
 
 RETRY_PAUSE_MAX_S = 1.0
+#: An older PostgreSQL goes on once; each time more, a late state of what it has forgotten came between.
+ROUNDS_MAX = 5
 
 log = structlog.get_logger("gateway.outbox")
 
@@ -117,15 +119,16 @@ class Outbox:
 
     async def _flush(self) -> int:
         count = 0
-        away: set[str] = set()
-        while waiting := self._dirty - away:
+        # Who settles from now on is carried by the next flush, or this one might never end.
+        waiting = set(self._dirty)
+        while waiting:
             orgs = sorted(waiting)[: self._batch_max]
+            waiting.difference_update(orgs)
             # Unmarked before they are read: an org that settles meanwhile marks itself again.
             self._dirty.difference_update(orgs)
             try:
                 share = max(1, self._batch_max // len(orgs))
                 found, unread = await self._read(orgs, share)
-                away |= unread
                 self._dirty |= unread
                 batch, balances = await self._post(found)
                 by_org = _by_org(batch)
@@ -137,9 +140,11 @@ class Outbox:
                 self._dirty.update(orgs)
                 raise
             count += len(batch)
+            self.posted_count += len(batch)
             carried = Counter(item.entry.org_id for item in batch)
-            self._dirty.update(org_id for org_id, entries in carried.items() if entries >= share)
-        self.posted_count += count
+            more = {org_id for org_id, entries in carried.items() if entries >= share}
+            self._dirty |= more
+            waiting |= more
         return count
 
     async def _read(self, orgs: Sequence[str], share: int) -> tuple[list[OutboxEntry], set[str]]:
@@ -175,6 +180,8 @@ class Outbox:
             return [], []
         try:
             return batch, await books.post(self._postgres, [item.entry for item in batch])
+        except StoreLocked as exc:
+            return await self._post_unlocked(batch, exc)
         except StoreRefused as exc:
             if len(batch) == 1:
                 entry = batch[0].entry
@@ -185,28 +192,50 @@ class Outbox:
         newer, later = await self._post(batch[middle:])
         return older + newer, balances + later
 
+    async def _post_unlocked(
+        self, batch: list[OutboxEntry], locked: StoreLocked
+    ) -> tuple[list[OutboxEntry], list[Balance]]:
+        """Somebody keeps a lock on the row of an org: the others do not wait for that, and it is tried again."""
+        orgs = {item.entry.org_id for item in batch}
+        free = await books.unlocked(self._postgres, orgs)
+        if not free or free == orgs:
+            raise locked
+        self._dirty |= orgs - free
+        log.warning("charges wait for locked rows", orgs=len(orgs - free), first_org=min(orgs - free))
+        rest = [item for item in batch if item.entry.org_id in free]
+        return rest, await books.post(self._postgres, [item.entry for item in rest])
+
     async def _apply(self, by_org: dict[str, list[OutboxEntry]], balances: dict[str, Balance]) -> None:
         """Redis waits for these entries no longer. Raises StoreUnavailable when it could not be told of all."""
 
-        async def tell(org_id: str, items: list[OutboxEntry]) -> None:
-            await self._redis.run(
-                self._applied,
-                [keys.account(org_id), keys.outbox(org_id), keys.mirror(org_id)],
-                [
-                    *limits.state_row(balances[org_id]),
-                    limits.mirror_ttl_s(self._mirror_ttl_s),
-                    *(item.entry_id for item in items),
-                    INCARNATION,
-                ],
-            )
-
-        told = await asyncio.gather(*(tell(org_id, items) for org_id, items in by_org.items()), return_exceptions=True)
+        tellings = (self._tell(balances[org_id], items) for org_id, items in by_org.items())
+        told = await asyncio.gather(*tellings, return_exceptions=True)
         for org_id, failure in zip(by_org, told, strict=True):
             if isinstance(failure, StoreRefused):
                 # As above: what is posted will be posted again without effect, until a person has looked.
                 log.error("an outbox cannot be emptied", org=org_id, error=str(failure))
             elif failure is not None:
                 raise failure
+
+    async def _tell(self, balance: Balance, items: list[OutboxEntry]) -> None:
+        org_id = balance.org_id
+        for _ in range(ROUNDS_MAX):
+            status, _, version, epoch = await self._redis.run(
+                self._applied,
+                [keys.account(org_id), keys.outbox(org_id), keys.mirror(org_id)],
+                [
+                    *limits.state_row(balance),
+                    limits.mirror_ttl_s(self._mirror_ttl_s),
+                    *(item.entry_id for item in items),
+                    INCARNATION,
+                ],
+            )
+            if status == b"OK":
+                return
+            if status == b"OLDER":
+                log.error("postgres is older than redis knows it, was it restored?", org=org_id)
+            balance = await books.go_on_after(self._postgres, org_id, int(version), int(epoch))
+        raise StoreUnavailable(detail=f"postgres is older than redis knows the account of {org_id}")
 
     async def close(self) -> None:
         await self._carries.close()

@@ -12,6 +12,10 @@ SELECT * FROM gateway.states($1::text[]);
 -- Entries, any number of times with one effect; the new state of every org named.
 SELECT * FROM gateway.post($1::text[], $2::text[], $3::text[], $4::bigint[], $5::text[]);
 
+-- name: unlocked
+-- Orgs whose rows nobody has locked.
+SELECT o AS org_id FROM gateway.unlocked($1::text[]) AS o;
+
 -- name: grant
 -- Credits for an org, once per grant id.
 SELECT * FROM gateway.grant_credits($1, $2, $3, $4);
@@ -43,6 +47,10 @@ SELECT * FROM gateway.raise_cap($1, $2, $3, $4, $5, $6, $7);
 -- name: lower_cap
 -- The same, back: org, epoch, birth, version, cap. No row when the account has changed.
 SELECT * FROM gateway.lower_cap($1, $2, $3, $4, $5);
+
+-- name: go_on_after
+-- The versions of a database that was restored go on after those that Redis has: org, version, epoch.
+SELECT * FROM gateway.go_on_after($1, $2, $3);
 
 -- name: acknowledge
 -- What an instance knows of a lost state is registered again: instance, org, epoch, birth, owed, grace in ms.

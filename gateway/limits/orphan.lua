@@ -11,7 +11,7 @@ local taken_at = string.match(verdict or 'admitted:0', '^admitted:(%d+)$')
 if not deadline or not taken_at then
   return 'DUP'
 end
-local sums = redis.call('HMGET', account, 'p', 'u', 'h', 'l')
+local sums = redis.call('HMGET', account, 'p', 'u', 'h', 'l', 'v')
 if tonumber(deadline) > clock(sums[4]) then
   return 'ALIVE'
 end
@@ -26,7 +26,7 @@ end
 redis.call('SET', tombstone, 'orphaned:' .. int(charge) .. ':' .. taken_at, 'EX', ORPHAN_TOMBSTONE_TTL_S)
 if charge > 0 then
   redis.call('XADD', outbox, '*', 'r', rid, 'k', 'orphan', 'a', int(charge), 'd', int(charge), 'm',
-    '{"basis":"' .. ARGV[2] .. '"}')
+    '{"basis":"' .. ARGV[2] .. '"}', 'v', sums[5] or '-1')
 end
 if sums[1] then
   local unposted = tonumber(sums[2] or '0') + charge

@@ -15,6 +15,7 @@
 --     b   birth: tells this hash from every other one that the org had, or will have after a loss
 -- owned = p - u; available = p - s - u - h. A state is the row {p, v, s, c, ep, pe, b} of PostgreSQL, where b is the birth
 -- of the one hash that the cap was given to: any other hash has no cap, and must ask PostgreSQL for one.
+-- An outbox entry knows the v that it was written beside: what PostgreSQL answers to its posting is newer.
 --
 -- Tombstone of a request, text:  admitted:<ms>            it runs; when it was admitted
 --                                settled:<charge>         it ended, for so many micro-credits

@@ -8,7 +8,7 @@
 local account, holds, deadlines, outbox, tombstone, mirror = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local incarnation = table.remove(ARGV)
 local rid, charge = ARGV[1], tonumber(ARGV[2])
-local sums = redis.call('HMGET', account, 'p', 'u', 'h', 'l', 'r', 'b')
+local sums = redis.call('HMGET', account, 'p', 'u', 'h', 'l', 'r', 'b', 'v')
 local birth = sums[5] == incarnation and sums[6] or ''
 local now, us = clock(sums[4])
 local verdict = redis.call('GET', tombstone) or ''
@@ -34,7 +34,8 @@ if charge > 0 or swept then
   -- What is given back beyond the sweeper's charge is spendable once PostgreSQL has it: until then it might be seen twice,
   -- in a balance that was read after the posting and here.
   local delta = math.max(0, charge - (swept or 0))
-  entry = redis.call('XADD', outbox, '*', 'r', rid, 'k', 'settle', 'a', int(charge), 'd', int(delta), 'm', ARGV[3])
+  entry = redis.call('XADD', outbox, '*', 'r', rid, 'k', 'settle', 'a', int(charge), 'd', int(delta), 'm', ARGV[3],
+    'v', sums[7] or '-1')
   unposted = unposted + delta
 end
 if sums[1] then

@@ -11,6 +11,7 @@ from gateway import keys
 from gateway.admission import Hold
 from gateway.errors import StoreRefused, StoreUnavailable
 from gateway.ledger import migrate, post, read_balance
+from gateway.ledger.accounts import Known
 from gateway.ledger.migrate import migrations
 from gateway.stores import Postgres, Redis
 from gateway.stores.link import Link
@@ -214,9 +215,9 @@ async def test_a_refresh_that_fails_is_repeated(house: House, monkeypatch: pytes
     failed = asyncio.Event()
     install = house.accounts.install
 
-    async def noticed(balance: Balance) -> None:
+    async def noticed(balance: Balance, known: Known) -> None:
         try:
-            await install(balance)
+            await install(balance, known)
         except StoreUnavailable:
             failed.set()
             raise

@@ -103,6 +103,15 @@ class Anything:
     def _raise_cap(self, world: World) -> Op:
         return *self._account(world), self._amount(), self._amount(), world.seen
 
+    def _go_on_after(self, world: World) -> Op:
+        """Of a database that was never restored: it already has."""
+        older = [row for row in self._rows if row.version < world.books.version]
+        row = self._chance.choice(older or [world.books.row._replace(version=-1)])
+        return row.version, row.epoch
+
+    def _may_go_on_after(self, world: World) -> bool:
+        return any(row.version < world.books.version for row in self._rows)
+
     def _acknowledge(self, world: World) -> Op:
         gateway, account = self._chance.randrange(self._scope.gateways), self._account(world)
         if world.books.waiting and world.redis.account and self._chance.random() < 0.5:
@@ -129,5 +138,6 @@ def _always(world: World) -> bool:
 WEIGHTS = {
     "admit": 16, "extend": 7, "settle": 8, "renew": 6, "orphan": 3, "install": 16, "applied": 6, "lower": 3,
     "confirm": 2, "read": 1, "post": 5, "sweep_hold": 2, "take_hold": 6, "extend_hold": 4, "raise_cap": 12,
-    "acknowledge": 10, "lower_cap": 4, "end_grace": 1, "top_up": 3, "flushall": 1, "evict": 2, "save": 2, "restart": 1,
+    "go_on_after": 1, "acknowledge": 10, "lower_cap": 4, "end_grace": 1, "top_up": 3, "flushall": 1, "evict": 2,
+    "save": 2, "restart": 1,
 }  # fmt: skip

@@ -1,10 +1,11 @@
 """What gateways do for all requests: register again, flush, sweep, raise and lower caps, tell Redis what they read."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from tests.protocol import books_side as sql
 from tests.protocol import redis_side as lua
-from tests.protocol.redis_state import SETTLE, Held, Row
+from tests.protocol.redis_state import SETTLE, Account, Held, Row
 from tests.protocol.rules import Rules, Scope
 from tests.protocol.world import (
     ADMITTED,
@@ -82,7 +83,8 @@ def _flush(world: World, scope: Scope, rules: Rules, gateway: int) -> Iterator[S
         if redis.outbox:
             after = world.with_gateway(gateway, flush=Flush(READ, redis.outbox))
             if rules.ack_before_commit:
-                taken = lua.applied(redis, world.books.row._replace(version=-1), redis.outbox, rules)[0]
+                unseen = world.books.row._replace(version=-1)
+                taken = lua.applied(redis, unseen, redis.outbox, replace(rules, older_subtracts=True))[0]
                 after = after._replace(redis=taken)
             yield Step(f"{who}: read {len(redis.outbox)}", (), after)
         return
@@ -99,9 +101,21 @@ def _flush(world: World, scope: Scope, rules: Rules, gateway: int) -> Iterator[S
         yield Step(f"{who}: post and commit", ("post", *entries), after)
     else:
         assert flush.row is not None
-        redis, _ = lua.applied(redis, flush.row, flush.entries, rules)
+        op = ("applied", flush.row, flush.entries)
+        redis, reply = lua.applied(redis, flush.row, flush.entries, rules)
+        if reply.status != "OK":
+            assert world.restored or reply.status == "SAME", "PostgreSQL was never set back"
+            after = _gone_on(world, reply.version, reply.epoch)
+            after = after.with_gateway(gateway, flush=flush._replace(row=after.books.row))
+            # Its reply changes nothing by itself, so the two steps are one.
+            yield Step(f"{who}: {reply.status}, go on after {reply.version}", ("go_on_after", *reply[2:]), after)
+            return
         after = world._replace(redis=redis).with_gateway(gateway, flush=None)
-        yield Step(f"{who}: applied", ("applied", flush.row, flush.entries), after)
+        yield Step(f"{who}: applied", op, after)
+
+
+def _gone_on(world: World, version: int, epoch: int) -> World:
+    return world._replace(books=sql.go_on_after(world.books, version, epoch)[0])
 
 
 def background(world: World, scope: Scope, rules: Rules) -> Iterator[Step]:
@@ -121,7 +135,10 @@ def background(world: World, scope: Scope, rules: Rules) -> Iterator[Step]:
 
 def _mails(world: World, scope: Scope, rules: Rules) -> Iterator[Step]:
     """Whoever reads the account tells Redis, at some time. What was told may arrive again until it is forgotten."""
-    row, mails = world.books.row, world.mails
+    row, mails, account = world.books.row, world.mails, world.redis.account
+    if world.restored and account is not None and _contradicts(account, row):
+        does, after = f"read, go on after {account.version}", _gone_on(world, account.version, account.epoch)
+        yield Step(does, ("go_on_after", account.version, account.epoch), after)
     if scope.mails and row not in mails:
         yield Step("read the account", ("read",), world._replace(mails=(*mails, row)[-scope.mails :]))
     for mail in mails if scope.mails else (row,):
@@ -129,6 +146,13 @@ def _mails(world: World, scope: Scope, rules: Rules) -> Iterator[Step]:
         does, after = f"install version {mail.version}: {status}", world._replace(redis=redis)
         # Perhaps no request comes that needs the account. Before it ends a hold, the sweeper builds it.
         yield Step(does, ("install", *mail), after, status != "BUILT" or any(world.redis.holds))
+
+
+def _contradicts(account: Account, row: Row) -> bool:
+    """It was read after the account, so only a restored PostgreSQL says this."""
+    if row.version == account.version and row.posted != account.posted:
+        return True
+    return row.version < account.version or row.epoch < account.epoch
 
 
 def _caps(world: World, scope: Scope, rules: Rules) -> Iterator[Step]:

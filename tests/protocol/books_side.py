@@ -137,6 +137,13 @@ def raise_cap(
     return books, books.row
 
 
+def go_on_after(books: Books, version: int, epoch: int, rules: Rules = PROTOCOL) -> tuple[Books, Row]:
+    """Whatever Redis has of a history that is lost is older from now on."""
+    if books.version <= version or books.epoch < epoch:
+        books = books._replace(version=max(books.version, version) + 1, epoch=max(books.epoch, epoch))
+    return books, books.row
+
+
 def acknowledge(
     books: Books, gateway: int, epoch: int, birth: int, owed: int, seen: int, rules: Rules = PROTOCOL
 ) -> tuple[Books, Row]:

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 
 from tests.protocol import books_side as sql
-from tests.protocol.redis_state import Redis, empty
+from tests.protocol.books_side import Books
+from tests.protocol.redis_state import Redis, Row, empty
 from tests.protocol.rules import Scope
-from tests.protocol.world import EXCUSED, LOST, OVER, POSTED, SHOWN, TOLD, Request, Saved, Step, World
+from tests.protocol.world import EXCUSED, LOST, OVER, POSTED, READ, SHOWN, TOLD, Request, Saved, Step, World
 
 
 def faults(world: World, scope: Scope) -> Iterator[Step]:
@@ -24,12 +25,35 @@ def faults(world: World, scope: Scope) -> Iterator[Step]:
     if left.evictions and expires(world.redis):
         fewer = world._replace(faults=left._replace(evictions=left.evictions - 1))
         yield Step("the idle account expires", ("evict",), fewer._replace(redis=evicted(world.redis)), False)
+    if left.restores and world.backup is None:
+        yield Step("PostgreSQL is backed up", (), world._replace(backup=world.books), False)
+    elif left.restores and world.backup is not None:
+        fewer = world._replace(faults=left._replace(restores=left.restores - 1))
+        yield Step("PostgreSQL is restored", (), _restored(fewer, world.backup), False)
     if left.rollbacks and world.saved is None:
         yield Step("Redis saves", ("save",), world._replace(saved=Saved(*world.redis[2:])), False)
     elif left.rollbacks and world.saved is not None:
         fewer = world._replace(faults=left._replace(rollbacks=left.rollbacks - 1), saved=None)
         back = restarted(world.redis, world.saved)
         yield Step("Redis restarts from what it saved", ("restart",), _excused(fewer._replace(redis=back)), False)
+
+
+def _restored(world: World, backup: Books) -> World:
+    """What was charged since the backup is forgotten with it, unless it still waits in Redis and is posted again."""
+    told = [entry.request for entry in world.redis.outbox]
+    for gateway in world.gateways:
+        if gateway.flush is not None and gateway.flush.stage != READ:
+            told = [at for at in told if at not in {entry.request for entry in gateway.flush.entries}]
+    for at, request in enumerate(world.requests):
+        forgotten = world.books.ledger[at] != backup.ledger[at] and not (request.stage == TOLD and at in told)
+        if forgotten and request.stage in (OVER, TOLD, LOST):
+            world = world.with_request(at, stage=EXCUSED, charge=-1, mark=None)
+        elif request.stage == LOST and isinstance(request.mark, Row):
+            world = world.with_request(at, mark=backup.row)
+    # What waits in Redis may be spent once more, and again with each late state of what is forgotten.
+    caps = [world.redis.account.cap if world.redis.account else 0, *(row.cap for row in world.rows)]
+    slack = world.slack + len(caps) * max(caps)
+    return world._replace(books=backup, backup=None, restored=True, slack=slack)
 
 
 def flushed(redis: Redis) -> Redis:

@@ -26,6 +26,9 @@ def wrong(world: World) -> Iterator[str]:
     posted = sum((settle or 0) + (orphan or 0) for settle, orphan in books.ledger)
     if books.balance != books.given - posted:
         yield "C1: the balance is not what came in less what was charged"
+    account = world.redis.account
+    if account is not None and not world.restored and (account.version, account.epoch) > (books.version, books.epoch):
+        yield "C11: Redis has a state that PostgreSQL never gave out"
     for at, request in enumerate(world.requests):
         settle, orphan = books.ledger[at]
         if settle is not None and request.charge >= 0 and settle + (orphan or 0) != request.charge:

@@ -27,6 +27,7 @@ FUNCTIONS: dict[str, Callable[..., tuple[Any, Any]]] = {
     "take_hold": sql.take_hold,
     "extend_hold": sql.extend_hold,
     "raise_cap": sql.raise_cap,
+    "go_on_after": sql.go_on_after,
     "acknowledge": sql.acknowledge,
     "lower_cap": sql.lower_cap,
     "end_grace": sql.end_grace,

@@ -91,6 +91,15 @@ class RealBooks:
         account = (self._org, epoch, self._names.births[birth])
         return await books.raise_cap(self._postgres, *account, need * UNIT, floor * UNIT, GRACE_MS)
 
+    async def go_on_after(self, version: int, epoch: int) -> Balance:
+        return await books.go_on_after(self._postgres, self._org, self._names.versions[version], epoch)
+
+    async def set_back(self, row: Row) -> None:
+        await self._postgres.rows(
+            "UPDATE gateway.account SET version = $2, epoch = $3 WHERE org_id = $1",
+            *(self._org, self._names.versions[row.version], row.epoch),
+        )
+
     async def acknowledge(self, gateway: int, epoch: int, birth: int, owed: int, seen: int) -> Balance:
         account = (self._org, epoch, self._names.births[birth])
         return await books.acknowledge(self._postgres, self._gateways[gateway], *account, owed * UNIT, GRACE_MS)

@@ -15,6 +15,7 @@ from tests.protocol.redis_state import (
     SETTLED,
     Account,
     Admitted,
+    Applied,
     Entry,
     Held,
     Lowered,
@@ -98,15 +99,19 @@ class RealRedis:
         status, _ = self._run("install", all_keys, *self._state(Row(*row)), MIRROR_TTL_S, 0)
         return str(status.decode())
 
-    def applied(self, row: Row, entries: tuple[Entry, ...]) -> int:
+    def applied(self, row: Row, entries: tuple[Entry, ...]) -> Applied:
         ids = [self._names.entries[entry] for entry in entries]
         all_keys = [self._account, self._outbox, self._mirror]
-        return units(int(self._run("applied", all_keys, *self._state(row), MIRROR_TTL_S, *ids)))
+        status, posted, version, epoch = self._run("applied", all_keys, *self._state(row), MIRROR_TTL_S, *ids)
+        known = 0 if status == b"OK" else self._version(version)
+        return Applied(status.decode(), units(int(posted)), known, int(epoch))
 
     def lower(self) -> Lowered:
         version, epoch, cap, birth = self._run("lower", [self._account])
-        number = -1 if version == b"-1" else self._names.version(int(version))
-        return Lowered(number, int(epoch), units(int(cap)), self._names.birth(birth.decode()))
+        return Lowered(self._version(version), int(epoch), units(int(cap)), self._names.birth(birth.decode()))
+
+    def _version(self, version: bytes) -> int:
+        return -1 if version == b"-1" else self._names.version(int(version))
 
     def confirm(self) -> tuple[int, Entry | None]:
         """Birth, and the oldest entry of the outbox."""
@@ -201,7 +206,8 @@ class RealRedis:
         entry = self._names.entry(name)
         kind = next(number for number, kind in KINDS.items() if kind == fields[b"k"].decode())
         amounts = units(int(fields[b"a"])), units(int(fields[b"d"]))
-        return Entry(self._rids.index(fields[b"r"].decode()), kind, *amounts, entry.life if entry else -1)
+        life, version = entry.life if entry else -1, self._version(fields[b"v"])
+        return Entry(self._rids.index(fields[b"r"].decode()), kind, *amounts, life, version)
 
 
 def _held(text: bytes | None) -> Held | None:

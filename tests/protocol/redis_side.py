@@ -8,6 +8,7 @@ from tests.protocol.redis_state import (
     SETTLED,
     Account,
     Admitted,
+    Applied,
     Entry,
     Held,
     Lowered,
@@ -114,7 +115,7 @@ def settle(redis: Redis, request: int, charge: int, rules: Rules = PROTOCOL) -> 
     entry, delta = None, 0
     if charge > 0 or swept is not None:
         delta = max(0, charge - (swept or 0))
-        entry = Entry(request, SETTLE, charge, delta, redis.life)
+        entry = Entry(request, SETTLE, charge, delta, redis.life, account.version if account else -1)
         redis = redis._replace(outbox=(*redis.outbox, entry))
     if account is not None:
         redis = redis._replace(account=account._replace(unposted=account.unposted + delta, held=held))
@@ -151,7 +152,9 @@ def orphan(redis: Redis, request: int, rules: Rules = PROTOCOL) -> tuple[Redis, 
     redis, held = _drop(redis, request)
     redis = redis._replace(tombs=put(redis.tombs, request, Tomb(ORPHANED, hold.used)))
     if hold.used:
-        redis = redis._replace(outbox=(*redis.outbox, Entry(request, ORPHAN, hold.used, hold.used, redis.life)))
+        version = account.version if account else -1
+        entry = Entry(request, ORPHAN, hold.used, hold.used, redis.life, version)
+        redis = redis._replace(outbox=(*redis.outbox, entry))
     if account is not None:
         redis = redis._replace(account=account._replace(unposted=account.unposted + hold.used, held=held))
     return redis, "OK"
@@ -195,18 +198,21 @@ def _newer(account: Account, row: Row, rules: Rules) -> Account:
     return account._replace(posted=posted, version=row.version, set_aside=row.set_aside, cap=cap, epoch=row.epoch)
 
 
-def applied(redis: Redis, row: Row, entries: tuple[Entry, ...], rules: Rules = PROTOCOL) -> tuple[Redis, int]:
-    """PostgreSQL has these entries: they go, and what they counted; of a hash of this server the state is taken."""
+def applied(redis: Redis, row: Row, entries: tuple[Entry, ...], rules: Rules = PROTOCOL) -> tuple[Redis, Applied]:
+    """PostgreSQL has these entries: they go, and what they counted; of a hash of this server the state is taken.
+    Nothing of that when PostgreSQL is no newer than it was when one of them was written."""
     gone = entries if rules.applied_subtracts_twice else [entry for entry in redis.outbox if entry in entries]
     posted = sum(entry.delta for entry in gone)
+    account, known = redis.account, max((entry.version for entry in redis.outbox if entry in entries), default=-1)
+    if account is not None and row.version <= known <= account.version and not rules.older_subtracts:
+        return redis, Applied("OLDER" if known > row.version else "SAME", 0, account.version, account.epoch)
     redis = redis._replace(outbox=tuple(entry for entry in redis.outbox if entry not in entries))
-    account = redis.account
     if account is not None:
         account = account._replace(unposted=account.unposted - posted)
         if ours(redis, rules):
             account = _newer(account, row, rules)
         redis = redis._replace(account=account)
-    return redis, posted
+    return redis, Applied("OK", posted)
 
 
 def lower(redis: Redis, rules: Rules = PROTOCOL) -> tuple[Redis, Lowered]:

@@ -49,6 +49,8 @@ class Entry(NamedTuple):
     amount: int
     delta: int
     life: int
+    #: Of the state that it was written beside; -1: there was none.
+    version: int
 
 
 class Tomb(NamedTuple):
@@ -107,6 +109,15 @@ class Lowered(NamedTuple):
     epoch: int
     cap: int
     birth: int
+
+
+class Applied(NamedTuple):
+    """Reply of `applied`. Unless it was done, PostgreSQL must go on after this version and epoch first."""
+
+    status: str
+    posted: int
+    version: int = 0
+    epoch: int = 0
 
 
 class Waiting(NamedTuple):

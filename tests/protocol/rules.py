@@ -46,6 +46,8 @@ class Scope:
     postgres_holds: bool = False
     #: A charge may go straight to PostgreSQL though Redis is there for others.
     direct_posts: bool = False
+    #: How often PostgreSQL comes back as it was when it was saved last.
+    restores: int = 0
     #: How often the cap is taken back.
     lowerings: int = 0
     #: `on_state_loss: cap`.
@@ -83,6 +85,7 @@ class Rules:
     confirms_by_absence: bool = False
     fallback_under_same_id: bool = False
     applied_subtracts_twice: bool = False
+    older_subtracts: bool = False
     lower_may_raise: bool = False
     lowers_what_changed: bool = False
     renew_grows_nothing: bool = False

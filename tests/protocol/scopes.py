@@ -42,6 +42,18 @@ LOWER_STORES = replace(
     _TWO, name="cap taken back, holds in both stores", gateways=1, requests=3, lowerings=2, postgres_holds=True
 )
 EVICTION = replace(_TWO, name="eviction, top-up", evictions=1, topups=1)
+RESTORED = replace(_ONE, name="PostgreSQL is restored", gateways=1, requests=4, restores=1)
+RESTORED_TOPUP = replace(_ONE, name="PostgreSQL is restored, top-up", gateways=1, requests=3, restores=1, topups=1)
+RESTORED_LATE = replace(
+    _ONE, name="PostgreSQL is restored, rows arrive late", gateways=1, requests=3, restores=1, mails=1
+)
+RESTORED_KILL = replace(_ONE, name="PostgreSQL is restored, kill", requests=3, restores=1, kills=1)
+RESTORED_LOWER = replace(
+    _TWO, name="PostgreSQL is restored, cap taken back", gateways=1, requests=3, restores=1, lowerings=1
+)
+RESTORED_FLUSHERS = replace(
+    _ONE, name="PostgreSQL is restored, two flushers, both die", requests=3, restores=1, flushers=2, flusher_dies=True
+)
 THROUGH = Scope(
     "through: kill, stalls, lost replies, extension",
     requests=3,
@@ -56,7 +68,8 @@ THROUGH = Scope(
 SCOPES = (
     KILL, FLUSHERS, DIRECT, FLUSHALL, FLUSHALL_LATE, FLUSHALL_FLUSHER, FLUSHALL_KILL, FLUSHALL_TWICE, FLUSHALL_BEATS,
     FLUSHALL_GHOST, FLUSHALL_EXTEND, FLUSHALL_STORES, FLUSHALL_STALL, ROLLBACK, ROLLBACK_KILL, ROLLBACK_FLUSHALL,
-    ROLLBACK_EXTEND, LOST_REPLIES, STORES, STORES_EXTEND, STALLS, LOWER, LOWER_STORES, EVICTION, THROUGH,
+    ROLLBACK_EXTEND, LOST_REPLIES, STORES, STORES_EXTEND, STALLS, LOWER, LOWER_STORES, EVICTION, RESTORED,
+    RESTORED_TOPUP, RESTORED_LATE, RESTORED_KILL, RESTORED_LOWER, RESTORED_FLUSHERS, THROUGH,
 )  # fmt: skip
 
 #: The same with more of everything, for `--full`.
@@ -97,6 +110,7 @@ MUTANTS = (
     Mutant(Rules(ack_before_commit=True), FLUSHERS, "C4"),
     Mutant(Rules(no_unique_key=True), FLUSHERS, "C2"),
     Mutant(Rules(applied_subtracts_twice=True), FLUSHERS, "C5"),
+    Mutant(Rules(older_subtracts=True), RESTORED, "C4"),
     Mutant(Rules(hold_counts_as_spent=True), FLUSHERS, "C5"),
     Mutant(Rules(additive_reseed=True), FLUSHERS, "C5"),
     Mutant(Rules(delete_on_invalidate=True), FLUSHALL_LATE, "C4"),

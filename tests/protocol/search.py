@@ -2,14 +2,15 @@
 
 import gc
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tests.protocol.invariants import wrong, wrong_at_rest
-from tests.protocol.redis_state import Row
+from tests.protocol.redis_state import Entry, Row
 from tests.protocol.rules import PROTOCOL, Rules, Scope
 from tests.protocol.steps import steps
 from tests.protocol.symmetry import ordered
-from tests.protocol.world import EXCUSED, LOST, World, start
+from tests.protocol.world import EXCUSED, LOST, Request, Settled, World, start
 
 
 @dataclass
@@ -82,7 +83,9 @@ def alike(world: World) -> World:
     """One world for all that will go on alike: what can have no effect any more is left out, and versions are numbered
     anew, since only their order matters and they would grow for ever."""
     world = _tidied(world)
-    versions = {world.books.version}
+    versions = {world.books.version, *world.entry_versions} - {-1}
+    if world.backup is not None:
+        versions.add(world.backup.version)
     if world.redis.account is not None:
         versions.add(world.redis.account.version)
     versions.update([mail.version for mail in world.mails])
@@ -96,14 +99,47 @@ def alike(world: World) -> World:
     for request in world.requests:
         if isinstance(request.mark, Row):
             versions.add(request.mark.version)
-    if max(versions) != len(versions) - 1:
-        world = _ranked(world, {version: at for at, version in enumerate(sorted(versions))})
+    # Of a restored PostgreSQL it matters as well whether its next change reaches a version.
+    rank = _ranks(sorted(versions), 2 if world.faults.restores or world.restored else 1)
+    if any(new != old for old, new in rank.items()):
+        world = _ranked(world, rank)
     return ordered(world)
+
+
+def _ranks(versions: list[int], apart_max: int) -> dict[int, int]:
+    """Each version's new number: the first is 0, and no two that follow each other are further apart than that."""
+    ranks, at = {-1: -1}, 0
+    for before, version in zip([versions[0], *versions], versions, strict=False):
+        at += min(apart_max, version - before)
+        ranks[version] = at
+    return ranks
+
+
+def _with_entries(world: World, changed: Callable[[Entry], Entry]) -> World:
+    def entries(old: tuple[Entry, ...]) -> tuple[Entry, ...]:
+        return tuple([changed(entry) for entry in old])
+
+    def mark(old: Request) -> Request:
+        if isinstance(old.mark, Settled) and old.mark.entry is not None:
+            return old._replace(mark=old.mark._replace(entry=changed(old.mark.entry)))
+        return old
+
+    return world._replace(
+        redis=world.redis._replace(outbox=entries(world.redis.outbox)),
+        saved=world.saved and world.saved._replace(outbox=entries(world.saved.outbox)),
+        gateways=tuple(
+            gateway._replace(flush=gateway.flush._replace(entries=entries(gateway.flush.entries)))
+            if gateway.flush
+            else gateway
+            for gateway in world.gateways
+        ),
+        requests=tuple(mark(request) for request in world.requests),
+    )
 
 
 def _tidied(world: World) -> World:
     books, faults, account = world.books, world.faults, world.redis.account
-    if world.asked is not None and world.asked.epoch != books.epoch:
+    if world.asked is not None and world.asked.epoch != books.epoch and not (faults.restores or world.restored):
         world = world._replace(asked=None)
     if (
         world.mails
@@ -134,6 +170,8 @@ def _ranked(world: World, rank: dict[int, int]) -> World:
     def row(old: Row) -> Row:
         return old._replace(version=rank[old.version])
 
+    if any(version >= 0 for version in world.entry_versions):
+        world = _with_entries(world, lambda entry: entry._replace(version=rank[entry.version]))
     redis, saved, lowered = world.redis, world.saved, world.lowered
     if redis.account is not None:
         redis = redis._replace(account=redis.account._replace(version=rank[redis.account.version]))
@@ -143,6 +181,7 @@ def _ranked(world: World, rank: dict[int, int]) -> World:
         lowered = lowered._replace(version=rank[lowered.version])
     return world._replace(
         redis=redis,
+        backup=world.backup and world.backup._replace(version=rank[world.backup.version]),
         books=world.books._replace(version=rank[world.books.version]),
         mails=tuple(row(mail) for mail in world.mails),
         saved=saved,

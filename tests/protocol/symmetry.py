@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from tests.protocol.books_side import Books
 from tests.protocol.redis_state import Entry, put
 from tests.protocol.world import Gateway, Request, Settled, World
 
@@ -42,7 +43,7 @@ def _gateway(world: World, at: int) -> int:
 
 
 def _request(world: World, at: int, request: Request, own: list[int]) -> int:
-    redis, books, saved = world.redis, world.books, world.saved
+    redis, books, saved, backup = world.redis, world.books, world.saved, world.backup
     mark: Any = request.mark or ()
     if isinstance(request.mark, Settled):
         mark = (request.mark.birth, request.mark.entry[1:] if request.mark.entry else ())
@@ -66,6 +67,9 @@ def _request(world: World, at: int, request: Request, own: list[int]) -> int:
             books.holds[at] or (),
             (saved.holds[at] or (), saved.tombs[at] or (), _of(saved.outbox, at)) if saved else (),
             _of(redis.outbox, at),
+            (tuple(-1 if kind is None else kind for kind in backup.ledger[at]), backup.holds[at] or ())
+            if backup
+            else (),
             world.ghost == at,
             turn is not None and turn.done & 1 << at != 0,
             sum(hash(one) for one in flushed),
@@ -98,7 +102,11 @@ def _renamed(world: World, by_request: list[int], by_gateway: list[int]) -> Worl
             old = old._replace(round=turn._replace(done=done))
         return old if flush is None else old._replace(flush=flush._replace(entries=entries(flush.entries)))
 
-    redis, books, saved = world.redis, world.books, world.saved
+    def renamed(old: Books) -> Books:
+        waiting = sum(1 << at for at, gone in enumerate(by_gateway) if old.waiting & 1 << gone)
+        return old._replace(ledger=some(old.ledger), holds=some(old.holds), waiting=waiting)
+
+    redis, saved = world.redis, world.saved
     requests = some(world.requests)
     for at, request in enumerate(requests):
         mark, gone_to = request.mark, request.gateway
@@ -108,11 +116,8 @@ def _renamed(world: World, by_request: list[int], by_gateway: list[int]) -> Worl
             requests = put(requests, at, request._replace(mark=mark, gateway=by_gateway.index(gone_to)))
     return world._replace(
         redis=redis._replace(holds=some(redis.holds), tombs=some(redis.tombs), outbox=entries(redis.outbox)),
-        books=books._replace(
-            ledger=some(books.ledger),
-            holds=some(books.holds),
-            waiting=sum(1 << at for at, old in enumerate(by_gateway) if books.waiting & 1 << old),
-        ),
+        books=renamed(world.books),
+        backup=world.backup and renamed(world.backup),
         saved=saved and saved._replace(holds=some(saved.holds), outbox=entries(saved.outbox), tombs=some(saved.tombs)),
         requests=requests,
         gateways=tuple(gateway(world.gateways[old]) for old in by_gateway),

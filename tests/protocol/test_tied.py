@@ -18,7 +18,7 @@ from tests.protocol.names import Names
 from tests.protocol.ops import FUNCTIONS, perform
 from tests.protocol.real_books import RealBooks
 from tests.protocol.real_redis import RealRedis
-from tests.protocol.redis_state import Waiting
+from tests.protocol.redis_state import Row, Waiting
 from tests.protocol.rules import PROTOCOL, Rules, Scope
 from tests.protocol.scopes import MUTANTS
 from tests.protocol.steps import steps
@@ -58,6 +58,11 @@ class Both:
     async def open(self) -> None:
         await self._books.open(self._credits)
         assert await self._books.state(self.world.books) == self.world.books
+
+    async def set_back(self, row: Row) -> None:
+        """PostgreSQL has forgotten what versions and epochs it gave out after this one."""
+        await self._books.set_back(row)
+        self.world = self.world._replace(books=self.world.books._replace(version=row.version, epoch=row.epoch))
 
     async def do(self, op: Op) -> Any:
         """The model's reply to `op`, which is that of the real store as well."""
@@ -151,6 +156,26 @@ async def test_a_cap_that_is_taken_back_is_never_raised(stores: Stores) -> None:
     assert (await both.do(("lower",))).cap == 0
     await both.do(("settle", 0, 0))
     assert (await both.do(("admit", 1, 1, 1, 0, 1))).status == "CAP"
+
+
+async def test_postgres_goes_on_after_what_it_has_forgotten(stores: Stores) -> None:
+    both = Both(stores, "acme", Scope("PostgreSQL is restored", credits=4))
+    await both.open()
+    first = both.world.books.row
+    await both.do(("install", *first))
+    await both.do(("raise_cap", first.epoch, both.world.redis.life, 2, 1, both.world.seen))
+    newest = both.world.books.row
+    await both.do(("install", *newest))
+    await both.do(("admit", 0, 1, 1, 0, 1))
+    await both.do(("settle", 0, 1))
+    await both.set_back(first)
+    told = await both.do(("applied", first, both.world.redis.outbox))
+    assert told == ("OLDER", 0, newest.version, newest.epoch)
+    row = await both.do(("go_on_after", newest.version, newest.epoch + 1))
+    assert (row.version, row.epoch) == (newest.version + 1, newest.epoch + 1)
+    assert (await both.do(("go_on_after", newest.version, newest.epoch + 1))) == row
+    assert (await both.do(("applied", row, both.world.redis.outbox))).status == "OK"
+    assert both.world.redis.account is not None and both.world.redis.account.version == row.version
 
 
 #: All that the searches look at, in one: faults, slow and lost replies, holds in both stores.

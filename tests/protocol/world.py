@@ -1,5 +1,6 @@
 """Everything there is: both stores, the gateways with what only they know, and what is under way between them."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from tests.protocol.books_side import Books, opened
@@ -87,6 +88,7 @@ class Faults(NamedTuple):
     evictions: int
     topups: int
     lowerings: int
+    restores: int
 
 
 class Saved(NamedTuple):
@@ -113,6 +115,10 @@ class World(NamedTuple):
     requests: tuple[Request, ...]
     faults: Faults
     saved: Saved | None = None
+    #: What PostgreSQL would come back with.
+    backup: Books | None = None
+    #: It did.
+    restored: bool = False
     #: Rows under way to Redis.
     mails: tuple[Row, ...] = ()
     asked: Asked | None = None
@@ -120,7 +126,8 @@ class World(NamedTuple):
     lowered: Lowered | None = None
     #: Request whose admission may still arrive, though nobody waits for it.
     ghost: int = -1
-    #: What holds of stalled gateways may cost beyond what the sweeper gave free.
+    #: What holds of stalled gateways may cost beyond what the sweeper gave free, and what Redis could spend when
+    #: PostgreSQL was restored.
     slack: int = 0
 
     @property
@@ -132,6 +139,22 @@ class World(NamedTuple):
     def seen(self) -> int:
         """Bit per gateway that was heard of lately: a dead one was, a moment ago."""
         return (1 << len(self.gateways)) - 1
+
+    @property
+    def entry_versions(self) -> Iterator[int]:
+        """With -1 among them perhaps."""
+        yield from (entry.version for entry in self.redis.outbox)
+        yield from (entry.version for entry in (self.saved.outbox if self.saved else ()))
+        yield from (entry.version for gateway in self.gateways if gateway.flush for entry in gateway.flush.entries)
+        marks = (request.mark for request in self.requests)
+        yield from (mark.entry.version for mark in marks if isinstance(mark, Settled) and mark.entry is not None)
+
+    @property
+    def rows(self) -> Iterator[Row]:
+        """States of the account that are under way to Redis."""
+        yield from self.mails
+        yield from (gateway.flush.row for gateway in self.gateways if gateway.flush and gateway.flush.row)
+        yield from (request.mark for request in self.requests if isinstance(request.mark, Row))
 
     def with_request(self, at: int, **changes: Any) -> "World":
         return self._replace(requests=put(self.requests, at, self.requests[at]._replace(**changes)))
@@ -155,5 +178,7 @@ def start(scope: Scope) -> World:
         opened(scope.credits, scope.requests),
         (Gateway(),) * scope.gateways,
         (Request(),) * scope.requests,
-        Faults(scope.kills, scope.flushes, scope.rollbacks, scope.evictions, scope.topups, scope.lowerings),
+        Faults(
+            scope.kills, scope.flushes, scope.rollbacks, scope.evictions, scope.topups, scope.lowerings, scope.restores
+        ),
     )

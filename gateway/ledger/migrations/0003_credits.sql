@@ -7,7 +7,8 @@
 --   a hold. When a state of Redis is lost, what it may have owed stays aside as `lost` until every gateway that lived then
 --   has registered again what it knows of, or until `lost_until`.
 -- Locks, always in this order: the application's rows by org, accounts by org, holds by org and request. Posting takes all
--- of them; the rest an account and its holds, or holds alone.
+-- of them; the rest an account and its holds, or holds alone. Nobody waits for one longer than a second: whoever asked has
+-- given up by then, and his statement would stay in everybody's way.
 
 -- In a database of the release before: what took the table ai_credits for granted.
 DROP FUNCTION IF EXISTS gateway.grant_credits(text, text, bigint, text);
@@ -111,7 +112,7 @@ BEGIN
 END $$;
 
 -- Whatever others changed is in the ledger, also where no trigger tells. Returns the orgs.
-CREATE FUNCTION gateway.catch_up() RETURNS SETOF text LANGUAGE plpgsql AS $$
+CREATE FUNCTION gateway.catch_up() RETURNS SETOF text LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
 DECLARE
     changed text[];
 BEGIN
@@ -335,7 +336,7 @@ $$;
 -- there to be locked are posted to; one that comes into being meanwhile is dealt with as it was when we began.
 CREATE FUNCTION gateway.post(orgs text[], request_ids text[], kinds text[], amounts bigint[], metas text[])
 RETURNS TABLE (org_id text, balance bigint, version bigint, set_aside bigint, cap bigint, epoch bigint, birth text,
-               period_ends_ms bigint, present boolean) LANGUAGE plpgsql AS $$
+               period_ends_ms bigint, present boolean) LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
 #variable_conflict use_column
 DECLARE
     named   text[] := ARRAY(SELECT DISTINCT o FROM unnest(orgs) AS o);
@@ -432,6 +433,17 @@ BEGIN
     PERFORM set_config('gateway.posting', '', true);
     -- An org whose row is gone has nothing, as of the version that its going made.
     RETURN QUERY SELECT * FROM gateway.states(named);
+END $$;
+
+-- Those of the orgs whose rows nobody has locked, or that have none.
+CREATE FUNCTION gateway.unlocked(orgs text[]) RETURNS SETOF text LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
+DECLARE
+    mine text[];
+BEGIN
+    mine := ARRAY(SELECT c.org_id FROM gateway.credit c WHERE c.org_id = ANY (orgs) ORDER BY c.org_id FOR UPDATE SKIP LOCKED);
+    mine := mine || ARRAY(SELECT o FROM unnest(orgs) AS o WHERE NOT EXISTS (SELECT FROM gateway.credit c WHERE c.org_id = o));
+    RETURN QUERY SELECT a.org_id FROM gateway.account a WHERE a.org_id = ANY (mine) ORDER BY a.org_id FOR UPDATE SKIP LOCKED;
+    RETURN QUERY SELECT m FROM unnest(mine) AS m WHERE NOT EXISTS (SELECT FROM gateway.account a WHERE a.org_id = m);
 END $$;
 
 -- Give an org credits, once per grant id; the org's row is created when there is none.
@@ -531,12 +543,26 @@ BEGIN
     END IF;
 END $$;
 
+-- Redis has a version of the account that this database never gave out, or has forgotten: it was restored, or a standby that
+-- had not got everything took over. It goes on after that one, so that whatever is still under way of what is lost counts for
+-- nothing. Nothing changes when it already has.
+CREATE FUNCTION gateway.go_on_after(the_org text, the_version bigint, the_epoch bigint)
+RETURNS TABLE (org_id text, balance bigint, version bigint, set_aside bigint, cap bigint, epoch bigint, birth text,
+               period_ends_ms bigint, present boolean) LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+BEGIN
+    PERFORM gateway.locked(the_org);
+    UPDATE gateway.account a SET version = greatest(a.version, the_version) + 1, epoch = greatest(a.epoch, the_epoch)
+        WHERE a.org_id = the_org AND (a.version <= the_version OR a.epoch < the_epoch);
+    RETURN QUERY SELECT * FROM gateway.states(ARRAY[the_org]);
+END $$;
+
 -- The instance has registered again, in the hash born as `the_birth`, what it knows of the org, and Redis now owes `owed`
 -- in all. An empty birth: it knew of nothing. When the last has said so, nothing is lost any more. Nothing changes when
 -- nobody waits for this instance, or the epoch is another one.
 CREATE FUNCTION gateway.acknowledge(the_instance text, the_org text, the_epoch bigint, the_birth text, owed bigint, grace_ms bigint)
 RETURNS TABLE (org_id text, balance bigint, version bigint, set_aside bigint, cap bigint, epoch bigint, birth text,
-               period_ends_ms bigint, present boolean) LANGUAGE plpgsql AS $$
+               period_ends_ms bigint, present boolean) LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
 #variable_conflict use_column
 DECLARE
     acc gateway.account := gateway.locked(the_org);
@@ -562,7 +588,7 @@ END $$;
 -- The instance lives. Returns how many do, and for each org that waits for it the epoch (a row without org otherwise). What
 -- was lost longer ago than anybody may take to tell of it is there again.
 CREATE FUNCTION gateway.beat(the_instance text) RETURNS TABLE (instances bigint, org_id text, epoch bigint)
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
 #variable_conflict use_column
 DECLARE
     living  bigint;
@@ -594,7 +620,7 @@ BEGIN
 END $$;
 
 -- The instance has ended, and left nothing behind: nobody waits for it.
-CREATE FUNCTION gateway.leave(the_instance text) RETURNS void LANGUAGE plpgsql AS $$
+CREATE FUNCTION gateway.leave(the_instance text) RETURNS void LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
 DECLARE
     the_org text;
 BEGIN
@@ -613,7 +639,7 @@ CREATE FUNCTION gateway.take_hold(the_org text, the_request text, want bigint, l
                                   the_instance text, lease_ms bigint, capped boolean)
 RETURNS TABLE (status text, taken bigint, available bigint, owned bigint,
                org_id text, balance bigint, version bigint, set_aside bigint, cap bigint, epoch bigint, birth text,
-               period_ends_ms bigint, present boolean) LANGUAGE plpgsql AS $$
+               period_ends_ms bigint, present boolean) LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
 #variable_conflict use_column
 DECLARE
     acc     gateway.account;
@@ -656,7 +682,7 @@ END $$;
 CREATE FUNCTION gateway.extend_hold(the_org text, the_request text, more bigint, capped boolean)
 RETURNS TABLE (status text, taken bigint, available bigint, owned bigint,
                org_id text, balance bigint, version bigint, set_aside bigint, cap bigint, epoch bigint, birth text,
-               period_ends_ms bigint, present boolean) LANGUAGE plpgsql AS $$
+               period_ends_ms bigint, present boolean) LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
 #variable_conflict use_column
 DECLARE
     acc     gateway.account := gateway.locked(the_org);
@@ -679,7 +705,7 @@ END $$;
 
 -- Holds last another lease, those of them that are still there. `used` never goes back, nor beyond what is held.
 CREATE FUNCTION gateway.renew_holds(orgs text[], request_ids text[], used_now bigint[], lease_ms bigint) RETURNS void
-LANGUAGE sql AS $$
+LANGUAGE sql SET lock_timeout = '1s' AS $$
     WITH mine AS MATERIALIZED (
         SELECT h.org_id, h.request_id, e.used FROM gateway.hold h
         JOIN unnest(orgs, request_ids, used_now) AS e (org_id, request_id, used)
@@ -693,7 +719,7 @@ $$;
 
 -- Holds whose lease is over become `orphan` entries, at most `most` of them. on_expiry: checkpoint | hold | release.
 CREATE FUNCTION gateway.sweep_holds(on_expiry text, most integer) RETURNS TABLE (org_id text, request_id text, charged bigint)
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
 #variable_conflict use_column
 DECLARE
     due      text[];
