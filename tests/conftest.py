@@ -1,4 +1,5 @@
-"""What every test may ask for: `redis_url`, an empty Redis-compatible server, and `database_url`, an empty database.
+"""What every test may ask for: `redis_url`, an empty Redis-compatible server, and `database_url`, a database with the
+schema of this release and nothing in it; `empty_database_url` has no schema either.
 
 `demo_router_url` is an AI router to stand behind the gateway (gateway/embedded/demo_router.py).
 
@@ -8,11 +9,14 @@ and PostgreSQL as well: `@pytest.mark.parametrize("stores", ["embedded", "system
 
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 
 import pytest
 import redis
 import structlog
 
+from gateway.ledger import migrate
+from gateway.stores import Postgres
 from tests import servers
 
 
@@ -117,15 +121,41 @@ def _postgres_url(stores: str, request: pytest.FixtureRequest) -> str:
     return url
 
 
+@pytest.fixture(scope="session")
+def migrated_servers() -> set[str]:
+    """PostgreSQL servers that have a database `migrated` to copy: a third of what migrating each time takes."""
+    return set()
+
+
 @pytest.fixture
-async def database_url(_postgres_url: str) -> AsyncIterator[str]:
+async def database_url(_postgres_url: str, migrated_servers: set[str]) -> AsyncIterator[str]:
     """URL of a database that was created for this test and goes with it."""
+    if _postgres_url not in migrated_servers:
+        await servers.execute(_postgres_url, "CREATE DATABASE migrated")
+        postgres = Postgres(_postgres_url.rpartition("/")[0] + "/migrated", timeout_ms=10_000, pool_max=1)
+        await postgres.open()
+        await migrate(postgres)
+        await postgres.close()
+        migrated_servers.add(_postgres_url)
+    async with _database(_postgres_url, "TEMPLATE migrated STRATEGY file_copy") as url:
+        yield url
+
+
+@pytest.fixture
+async def empty_database_url(_postgres_url: str) -> AsyncIterator[str]:
+    """The same without any schema."""
+    async with _database(_postgres_url, "") as url:
+        yield url
+
+
+@asynccontextmanager
+async def _database(server_url: str, options: str) -> AsyncIterator[str]:
     name = f"test_{uuid.uuid4().hex}"
-    await servers.execute(_postgres_url, f"CREATE DATABASE {name}")
+    await servers.execute(server_url, f"CREATE DATABASE {name} {options}")
     try:
-        yield _postgres_url.rpartition("/")[0] + f"/{name}"
+        yield server_url.rpartition("/")[0] + f"/{name}"
     finally:
-        await servers.execute(_postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
+        await servers.execute(server_url, f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture(scope="session")

@@ -264,10 +264,10 @@ async def test_before_the_first_answer_nothing_is_known_and_that_is_said(postgre
             assert (dict(followed.of("acme")), followed.trouble) == ({"rpm": 5}, None)
 
 
-async def test_overrides_are_read_when_the_schema_comes(database_url: str) -> None:
-    async with following(database_url, reads=False) as (followed, store):
+async def test_overrides_are_read_when_the_schema_comes(empty_database_url: str) -> None:
+    async with following(empty_database_url, reads=False) as (followed, store):
         await until(lambda: "UndefinedTable" in (store.trouble or ""))
-        postgres = Postgres(database_url, timeout_ms=10_000, pool_max=1)
+        postgres = Postgres(empty_database_url, timeout_ms=10_000, pool_max=1)
         await postgres.open()
         await migrate(postgres)
         await postgres.rows(SET, "acme", "rpm", 5)

@@ -35,6 +35,12 @@ price: { per_request: 2 }
 """
 
 
+@pytest.fixture
+def database_url(empty_database_url: str) -> str:
+    """What the schema is made of is what is tested here."""
+    return empty_database_url
+
+
 @dataclass(frozen=True)
 class Said:
     """What a command said, and how it ended."""

@@ -7,6 +7,12 @@ from redis.asyncio import Redis
 both = pytest.mark.parametrize("stores", ["embedded", "system"], indirect=True)
 
 
+@pytest.fixture
+def database_url(empty_database_url: str) -> str:
+    """What the schema is made of is what is tested here."""
+    return empty_database_url
+
+
 @both
 @pytest.mark.parametrize("turn", [1, 2])
 async def test_each_test_gets_an_empty_redis(redis_url: str, turn: int) -> None:

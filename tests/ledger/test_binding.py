@@ -22,6 +22,12 @@ MODES = ("managed", "attach", "readonly")
 STRANGE = ("billing.OrgWallet", "orgId", "Amount")
 
 
+@pytest.fixture
+def database_url(empty_database_url: str) -> str:
+    """What the schema is made of is what is tested here."""
+    return empty_database_url
+
+
 @asynccontextmanager
 async def opened(url: str) -> AsyncIterator[Postgres]:
     postgres = Postgres(url, timeout_ms=5_000, pool_max=4)

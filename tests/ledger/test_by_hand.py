@@ -29,6 +29,12 @@ TABLE = "ai_credits (organization_id text PRIMARY KEY, credits {})"
 SLOT = demand("parallel", "concurrent", "concurrent", "org", ORG, 1, 30_000, 1)
 
 
+@pytest.fixture
+def database_url(empty_database_url: str) -> str:
+    """What the schema is made of is what is tested here."""
+    return empty_database_url
+
+
 async def sql(house: House, statement: str) -> None:
     await house.postgres.rows(statement)
 

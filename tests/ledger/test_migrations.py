@@ -3,6 +3,8 @@
 from hashlib import sha256
 from pathlib import Path
 
+import pytest
+
 from gateway.ledger import migrate, pending, post
 from gateway.ledger.migrate import migrations
 from gateway.stores import Postgres
@@ -12,6 +14,12 @@ from tests.ledger.audit import books_are_right
 
 CREDIT = 1_000_000
 FIRST = (Path(__file__).parent / "releases" / "0001_ledger.sql").read_text()
+
+
+@pytest.fixture
+def database_url(empty_database_url: str) -> str:
+    """What the schema is made of is what is tested here."""
+    return empty_database_url
 
 
 async def as_it_was(postgres: Postgres, database_url: str) -> None:
