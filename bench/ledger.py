@@ -47,7 +47,7 @@ async def add_orgs(postgres: Postgres, count: int) -> None:
         f" SELECT 'o' || n, 1000000 FROM generate_series(0, {count - 1}) AS n ON CONFLICT DO NOTHING",
     )
     # As autovacuum would soon: until then plans are those for a handful of orgs.
-    for table in ("ai_credits", "gateway.account", "gateway.ledger"):
+    for table in ("ai_credits", "gateway.account"):
         await _execute(postgres, f"ANALYZE {table}")
 
 

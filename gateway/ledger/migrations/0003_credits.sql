@@ -336,7 +336,9 @@ $$;
 -- there to be locked are posted to; one that comes into being meanwhile is dealt with as it was when we began.
 CREATE FUNCTION gateway.post(orgs text[], request_ids text[], kinds text[], amounts bigint[], metas text[])
 RETURNS TABLE (org_id text, balance bigint, version bigint, set_aside bigint, cap bigint, epoch bigint, birth text,
-               period_ends_ms bigint, present boolean) LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
+               period_ends_ms bigint, present boolean) LANGUAGE plpgsql SET lock_timeout = '1s'
+    -- Plans are kept: one that was made for a ledger of a few rows would read all of it for each entry, until it is analyzed.
+    SET enable_seqscan = off AS $$
 #variable_conflict use_column
 DECLARE
     named   text[] := ARRAY(SELECT DISTINCT o FROM unnest(orgs) AS o);
