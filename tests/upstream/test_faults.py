@@ -87,7 +87,7 @@ async def _attempt(transport: Transport, server: Server, fault: Fault, at: int) 
 async def test_a_fault_at_any_byte_is_never_a_whole_answer(server: Server, answer: bytes, kind: str) -> None:
     fault = Fault(answer, kind)
     server.script = fault.script
-    transport = Transport(timeouts=Timeouts(first_byte_ms=150, idle_ms=150) if kind == "stall" else Timeouts())
+    transport = Transport(timeouts=Timeouts(first_byte_ms=800, idle_ms=800) if kind == "stall" else Timeouts())
     await asyncio.gather(*[_attempt(transport, server, fault, at) for at in range(len(answer))])
     assert transport.stats() == Stats(0, 0, 0, 0, 0)
     fault.over.set()
